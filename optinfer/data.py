@@ -1,0 +1,63 @@
+"""The course's own files: evaluation text, prompts, claims. Found beside the repository or in the installed wheel."""
+
+import functools
+import importlib.metadata
+import json
+from pathlib import Path
+
+_MARKER = "data/README.md"
+
+
+@functools.cache
+def root() -> Path:
+    """The folder that holds ``data/`` and ``notebooks/``: the repository, or ``share/optinfer`` of the install.
+
+    Raises:
+        FileNotFoundError: neither is there, so the installation is incomplete.
+    """
+    repository = Path(__file__).resolve().parents[1]
+    if (repository / _MARKER).is_file() and (repository / "pyproject.toml").is_file():
+        return repository
+    try:
+        files = importlib.metadata.files("optinfer") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.as_posix().endswith(f"share/optinfer/{_MARKER}"):
+            return Path(str(file.locate())).resolve().parents[1]
+    raise FileNotFoundError("optinfer's data files are missing; install it again with: pip install --force-reinstall optinfer")
+
+
+def path(name: str) -> Path:
+    """The file or folder ``data/<name>``.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists its neighbours.
+    """
+    found = root() / "data" / name
+    if not found.exists():
+        folder = found.parent
+        known = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise FileNotFoundError(f"no data file {name!r}; {folder.name}/ holds: {', '.join(known) or 'nothing'}")
+    return found
+
+
+def text(split: str = "evaluation") -> str:
+    """English prose: ``"calibration"`` or ``"evaluation"``, about 30k tokens each, from different novels."""
+    if split not in ("calibration", "evaluation"):
+        raise ValueError(f"split must be 'calibration' or 'evaluation', not {split!r}")
+    return path(f"text/{split}.txt").read_text(encoding="utf-8")
+
+
+def prompts(kind: str) -> list[str]:
+    """User messages of one kind: ``"chat"``, ``"summarize"``, ``"rewrite"`` or ``"code"``."""
+    kinds = sorted(p.stem for p in path("prompts").glob("*.json"))
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
+    return json.loads(path(f"prompts/{kind}.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def claims() -> dict[int, str]:
+    """The chapter's claims by number, each put to a measurement in one notebook."""
+    return {int(k): v for k, v in json.loads(path("claims.json").read_text(encoding="utf-8")).items()}

@@ -1,0 +1,164 @@
+"""What this machine is, and what it can do at most: memory, bandwidth, arithmetic, and the roofline between them."""
+
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+
+def default_device() -> "torch.device":
+    """The current CUDA device when there is one, else the CPU. ``OPTINFER_DEVICE`` overrides."""
+    import torch
+
+    if given := os.environ.get("OPTINFER_DEVICE"):
+        return torch.device(given)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: "torch.device") -> "torch.dtype":
+    """bf16, or fp16 on GPUs before Ampere. ``torch.cuda.is_bf16_supported()`` says yes on a T4, which emulates it."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and its measured ceilings.
+
+    Attributes:
+        name: the GPU's or the processor's name.
+        device: ``"cuda"`` or ``"cpu"``.
+        capability: the GPU's compute capability such as (9, 0); None for a CPU.
+        cores: streaming multiprocessors of a GPU, usable cores of a CPU.
+        memory_bytes: of the GPU, or of the computer.
+        bandwidth: bytes per second, reading a large array once (measured).
+        matmul_flops: floating-point operations per second of a large matrix product in ``dtype`` (measured).
+        dtype: the type the product was measured in.
+    """
+
+    name: str
+    device: str
+    capability: tuple[int, int] | None
+    cores: int
+    memory_bytes: int
+    bandwidth: float
+    matmul_flops: float
+    dtype: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOP per byte above which arithmetic, not memory, sets the speed (Williams et al. 2009)."""
+        return self.matmul_flops / self.bandwidth
+
+    @property
+    def matmul_gflops(self) -> float:
+        return self.matmul_flops / 1e9
+
+    def attainable_flops(self, flops_per_byte: float) -> float:
+        """The roofline: operations per second possible at this arithmetic intensity."""
+        return min(self.matmul_flops, self.bandwidth * flops_per_byte)
+
+    def least_seconds(self, flops: float, bytes_moved: float) -> float:
+        """No implementation on this machine can be faster than this."""
+        return max(flops / self.matmul_flops, bytes_moved / self.bandwidth)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Measure this machine, once per process; takes one or two seconds."""
+    import torch
+
+    device = default_device()
+    dtype = default_dtype(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, cores, memory = properties.name, properties.multi_processor_count, properties.total_memory
+        capability = torch.cuda.get_device_capability(device)
+    else:
+        name, cores, memory, capability = processor_name(), usable_cores(), memory_bytes(), None
+    return Machine(
+        name=name,
+        device=device.type,
+        capability=capability,
+        cores=cores,
+        memory_bytes=memory,
+        bandwidth=measure_bandwidth(device),
+        matmul_flops=measure_matmul(device, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def best_seconds(run: Callable[[], object], device: "torch.device", repeats: int = 7, warmup: int = 2) -> float:
+    """The fastest of several runs: what is left when nothing else disturbs the machine."""
+    import torch
+
+    for _ in range(warmup):
+        run()
+    best = float("inf")
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_bandwidth(device: "torch.device") -> float:
+    """Bytes per second when an array far larger than any cache is read once, as a decode step reads the weights."""
+    import torch
+
+    elements = (2**30 if device.type == "cuda" else 2**26) // 4 * (4 if device.type == "cuda" else 2)
+    array = torch.ones(elements, device=device)
+    seconds = best_seconds(lambda: array.sum(), device)
+    return array.numel() * array.element_size() / seconds
+
+
+def measure_matmul(device: "torch.device", dtype: "torch.dtype") -> float:
+    """Floating-point operations per second of a square product (random values: zeros run unrealistically fast)."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    seconds = best_seconds(lambda: a @ b, device)
+    return 2 * n**3 / seconds

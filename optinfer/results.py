@@ -1,0 +1,145 @@
+"""Recorded measurements: rows of figures with their provenance, one JSON file per suite and device."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("optinfer", "torch", "triton", "transformers", "bitsandbytes", "numpy")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One file of ``data/results``: what was measured (``rows``), on what and with what (``provenance``)."""
+
+    suite: str
+    device: str
+    provenance: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def where(self, **equals: Any) -> list[dict[str, Any]]:
+        """The rows whose fields have these values."""
+        return [row for row in self.rows if all(row.get(k) == v for k, v in equals.items())]
+
+    def caption(self) -> str:
+        """One line for the reader: what they look at was recorded, where and when."""
+        p = self.provenance
+        return f"recorded on {self.device}, {p['date'][:10]}, torch {p['versions'].get('torch', '?')}"
+
+
+def provenance() -> dict[str, Any]:
+    """Device, driver, versions, date and source revision of a measurement made now."""
+    import torch
+
+    from optinfer import hardware
+
+    on_gpu = torch.cuda.is_available()
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions.setdefault("torch", torch.__version__)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if on_gpu else hardware.processor_name(),
+        "cores": hardware.usable_cores(),
+        "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "revision": _output_of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name: ``"NVIDIA H200"`` becomes ``"nvidia-h200"``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str], *, machine: Any = None) -> Path:
+    """Write rows and provenance to ``<folder>/<suite>-<device>.json``, whole or not at all.
+
+    Args:
+        suite: the benchmark's name.
+        rows: flat dicts of numbers and strings; raw samples go in lists.
+        folder: made when it is not there.
+        machine: a `hardware.Machine` whose measured ceilings belong to these figures.
+
+    Raises:
+        ValueError: there are no rows, or a row holds what JSON cannot.
+    """
+    if not rows:
+        raise ValueError(f"no rows to save for suite {suite!r}")
+    facts = provenance()
+    record = {"suite": suite, "device": facts["device"], "provenance": facts, "rows": rows}
+    if machine is not None:
+        record["provenance"]["machine"] = machine.as_dict()
+    try:
+        content = json.dumps(record, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rows of suite {suite!r} cannot be written as JSON: {error}") from error
+    target = Path(folder) / f"{suite}-{slug(facts['device'])}.json"
+    write_whole(target, content + "\n")
+    return target
+
+
+def write_whole(target: Path, content: str) -> None:
+    """Write a text file under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> Recorded:
+    """Read one results file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Recorded(record["suite"], record["device"], record["provenance"], record["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of recorded results: {error}") from error
+
+
+def load(suite: str, device: str | None = None) -> Recorded | None:
+    """The course's recorded results of a suite, newest first; None when nobody has measured it.
+
+    Args:
+        suite: the benchmark's name.
+        device: part of a device's name such as ``"h200"``; any device when None.
+    """
+    from optinfer import data
+
+    folder = data.root() / "data" / "results"
+    found = [read(path) for path in sorted(folder.glob(f"{suite}-*.json"))]
+    wanted = [r for r in found if r.suite == suite and (device is None or slug(device) in slug(r.device))]
+    return max(wanted, key=lambda r: r.provenance["date"], default=None)
