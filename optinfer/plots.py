@@ -20,7 +20,10 @@ COLORS = {
     "black": "#222222",
 }
 CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "gray")]
-RECORDED = {"hatch": "///", "alpha": 0.55}  # how a recorded bar differs from one measured in front of the reader
+RECORDED = {
+    "hatch": "///",
+    "alpha": 0.55,
+}  # how a recorded bar differs from one measured in front of the reader
 
 
 def style() -> None:
@@ -80,7 +83,13 @@ def roofline(machine: "Machine", points: list[dict[str, Any]], recorded: "Machin
         roof = np.minimum(m.matmul_flops, m.bandwidth * intensity) / 1e9
         ax.plot(intensity, roof, dashes, color=color, label=f"the roof of {m.name}")
         ax.axvline(m.ridge, color=color, linewidth=0.8, linestyle=":")
-        ax.annotate(f"{m.bandwidth / 1e9:.0f} GB/s", (0.15, m.bandwidth * 0.15 / 1e9 * 1.4), color=color, fontsize=9, rotation=0)
+        ax.annotate(
+            f"{m.bandwidth / 1e9:.0f} GB/s",
+            (0.15, m.bandwidth * 0.15 / 1e9 * 1.4),
+            color=color,
+            fontsize=9,
+            rotation=0,
+        )
         ax.annotate(f"{m.matmul_flops / 1e9:.0f} GFLOP/s", (2e3, m.matmul_flops / 1e9 * 1.15), color=color, fontsize=9)
     for i, point in enumerate(points):
         x, y = point["flops"] / point["bytes"], point["flops"] / point["seconds"] / 1e9

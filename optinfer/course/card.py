@@ -1,0 +1,70 @@
+"""What the course tells the reader between cells: one text, shown as a card in a notebook and as plain lines in a console."""
+
+import html
+import re
+from dataclasses import dataclass
+
+_TONES = {
+    "info": ("#0072B2", ""),
+    "good": ("#009E73", "✓ "),
+    "bad": ("#D55E00", "✗ "),
+    "note": ("#6E6E6E", ""),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A title, a few lines, and a tone: ``info``, ``good``, ``bad`` or ``note``. Lines may hold ``code`` in backticks."""
+
+    title: str
+    lines: tuple[str, ...] = ()
+    tone: str = "info"
+
+    def __post_init__(self) -> None:
+        if self.tone not in _TONES:
+            raise ValueError(f"tone must be one of {', '.join(_TONES)}, not {self.tone!r}")
+
+    def __repr__(self) -> str:
+        return "\n".join([_TONES[self.tone][1] + self.title, *(f"  {line}" for line in self.lines)])
+
+    def _repr_html_(self) -> str:
+        color, mark = _TONES[self.tone]
+        body = "".join(f"<div>{_inline(line)}</div>" for line in self.lines)
+        return (
+            f'<div style="border-left:4px solid {color};padding:6px 12px;margin:6px 0;line-height:1.5">'
+            f"<strong>{mark}{_inline(self.title)}</strong>{body}</div>"
+        )
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text, shown as an HTML table or as aligned columns."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __repr__(self) -> str:
+        widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (self.columns, *self.rows)
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join([*lines, *([self.caption] if self.caption else [])])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th style="text-align:left">{_inline(c)}</th>' for c in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{_inline(cell)}</td>' for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        caption = (
+            f'<caption style="caption-side:bottom;text-align:left">{_inline(self.caption)}</caption>'
+            if self.caption
+            else ""
+        )
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,211 @@
+"""One running notebook: its set-up line, the reader's predictions, and the ledger of claims it put to a measurement."""
+
+import importlib.metadata
+import platform
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from optinfer.course.card import Card, Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from optinfer.hardware import Machine
+
+Verdict = bool | Literal["partly"] | None
+_VERDICTS: dict[Any, str] = {
+    True: "holds",
+    False: "does not hold",
+    "partly": "holds in part",
+    None: "not measured here",
+}
+_SHOWN = ("torch", "transformers", "triton", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class _LedgerLine:
+    claim: int
+    measured: str
+    verdict: str
+    note: str
+
+
+@dataclass
+class Lesson:
+    """What `setup` returns. ``device`` and ``dtype`` are what the lesson's tensors should use.
+
+    Attributes:
+        name: the notebook's name, such as ``"01_quantization"``.
+        device: the GPU when there is one.
+        dtype: bf16, or fp16 on GPUs before Ampere.
+        seed: every random generator was seeded with it.
+    """
+
+    name: str
+    device: "torch.device"
+    dtype: "torch.dtype"
+    seed: int
+    _guesses: dict[str, tuple[float, str]] = field(default_factory=dict, repr=False)
+    _ledger: dict[int, _LedgerLine] = field(default_factory=dict, repr=False)
+
+    @property
+    def machine(self) -> "Machine":
+        """This machine with its measured ceilings; the first use measures for a second or two."""
+        from optinfer.hardware import this_machine
+
+        return this_machine()
+
+    def predict(self, name: str, value: float, unit: str = "") -> Card:
+        """Keep the reader's guess under a name, to be compared later."""
+        self._guesses[name] = (float(value), unit)
+        return Card(f"Your prediction for {name}: {_number(value)} {unit}".rstrip(), tone="note")
+
+    def compare(self, guess: str | float, measured: float, unit: str = "") -> Card:
+        """Show a guess, or the prediction kept under a name, beside what was measured.
+
+        Raises:
+            KeyError: no prediction was made under that name.
+        """
+        if isinstance(guess, str):
+            if guess not in self._guesses:
+                raise KeyError(f"no prediction named {guess!r}; predicted so far: {', '.join(self._guesses) or 'none'}")
+            guess, kept_unit = self._guesses[guess]
+            unit = unit or kept_unit
+        title = f"You said {_number(guess)} {unit}, measured {_number(measured)} {unit}".replace(" ,", ",").rstrip()
+        return Card(title, (_how_far(guess, measured),), tone="good" if _close(guess, measured) else "info")
+
+    def claim(self, number: int, measured: str, holds: Verdict, note: str = "") -> None:
+        """Enter a measurement in the ledger.
+
+        Args:
+            number: the claim's number, 1 to 14.
+            measured: a short sentence made from measured values.
+            holds: True, False, ``"partly"``, or None when this machine cannot say; computed from the measurement.
+            note: what the verdict depends on.
+
+        Raises:
+            ValueError: there is no claim of that number, or no such verdict.
+        """
+        from optinfer import data
+
+        if number not in data.claims():
+            raise ValueError(f"number must be a claim from 1 to {max(data.claims())}, not {number!r}")
+        verdict = bool(holds) if type(holds).__name__ in ("bool", "bool_") else holds
+        if verdict not in _VERDICTS:
+            raise ValueError(f"holds must be True, False, 'partly' or None, not {holds!r}")
+        self._ledger[number] = _LedgerLine(number, measured, _VERDICTS[verdict], note)
+
+    def ledger(self) -> Table:
+        """The claims of this lesson: what was said, what was measured, on what, and the verdict."""
+        from optinfer import data
+
+        where = self.device_name()
+        rows = [
+            (
+                str(line.claim),
+                data.claims()[line.claim],
+                line.measured,
+                where,
+                " — ".join(filter(None, (line.verdict, line.note))),
+            )
+            for line in sorted(self._ledger.values(), key=lambda line: line.claim)
+        ]
+        return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
+
+    def device_name(self) -> str:
+        import torch
+
+        from optinfer import hardware
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{hardware.processor_name()}, {hardware.usable_cores()} cores"
+
+    def __repr__(self) -> str:
+        return f"Lesson {self.name!r} on {self.device_name()} in {str(self.dtype).removeprefix('torch.')}"
+
+
+def setup(name: str, min_memory: float = 0.0, seed: int = 0) -> Lesson:
+    """Prepare a notebook: figure style, seeds, our plug-ins in transformers; print versions, device and memory.
+
+    Safe to run twice, and to run in a session that has nothing but the installed package.
+
+    Args:
+        name: the notebook's name, such as ``"01_quantization"``.
+        min_memory: gigabytes of free memory that the lesson needs; with less a warning is printed.
+        seed: for Python, numpy and torch.
+    """
+    import numpy as np
+    import torch
+    import transformers
+
+    from optinfer import hardware, plots
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _register_plugins()
+    plots.style()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    device = hardware.default_device()
+    lesson = Lesson(name, device, hardware.default_dtype(device), seed)
+    _print_environment(lesson, min_memory)
+    return lesson
+
+
+def _register_plugins() -> None:
+    """So that ``from_pretrained`` knows our quantizer and ``attn_implementation="optinfer"``."""
+    import optinfer.attention
+    import optinfer.quantization  # noqa: F401
+
+
+def _print_environment(lesson: Lesson, min_memory: float) -> None:
+    versions = []
+    for package in _SHOWN:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    free = free_memory(lesson.device)
+    dtype = str(lesson.dtype).removeprefix("torch.")
+    print(f"Python {platform.python_version()} · " + " · ".join(versions))
+    print(f"{lesson.device_name()} · {dtype} · {free / 1e9:.1f} GB of memory free · seed {lesson.seed}")
+    if lesson.device.type == "cpu":
+        print(
+            "No GPU here: kernels run interpreted on the CPU, and GPU figures are shown as recorded where they exist."
+        )
+    if free < min_memory * 1e9:
+        print(f"This lesson wants {min_memory:g} GB of free memory: close other notebooks first.")
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that can still be allocated on the device."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.3g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
+def _close(guess: float, measured: float) -> bool:
+    return guess == measured or (guess * measured > 0 and 0.8 <= guess / measured <= 1.25)
+
+
+def _how_far(guess: float, measured: float) -> str:
+    if _close(guess, measured):
+        return "Within a quarter of it. You see where the time and the bytes go."
+    if guess * measured <= 0:
+        return f"Off by {_number(abs(guess - measured))}."
+    ratio = measured / guess
+    return (
+        f"The measurement is {_number(ratio)} times your guess."
+        if ratio > 1
+        else f"Your guess is {_number(1 / ratio)} times the measurement."
+    )
