@@ -111,7 +111,7 @@ def default_model_path() -> Path:
         OptinferError: it is not in the cache and could not be fetched, or what came is not what was expected.
     """
     target = cache_directory() / DEFAULT_MODEL
-    if _is_intact(target):
+    if is_intact(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as work:
@@ -127,14 +127,14 @@ def _move_into_place(converted: Path, target: Path) -> None:
     try:
         converted.rename(target)
     except OSError:
-        if _is_intact(target):
+        if is_intact(target):
             return
         # What is there is damaged: put it aside in the temporary folder, which is deleted later, and take its place.
         target.rename(converted.with_name("damaged"))
         converted.rename(target)
 
 
-def _is_intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether the folder holds a finished conversion whose files all match the checksums written with it."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))

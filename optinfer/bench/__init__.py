@@ -1,0 +1,27 @@
+"""Benchmarks: correctness before timing, peers side by side in one run, results with their provenance.
+
+A suite is a module of this package with ``run(quick: bool = False) -> list[dict]``: one flat dict per measurement, with
+the field ``peer`` naming whose code ran and ``seconds`` the median time.
+"""
+
+import importlib
+from typing import Any
+
+SUITES = ("quantization", "attention", "kv_cache", "paged_attention", "speculative", "serving")
+
+
+def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:
+    """Run one suite.
+
+    Raises:
+        ValueError: there is no such suite.
+        ModuleNotFoundError: the suite is known but not in this version.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, or all; not {suite!r}")
+    return importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick)
+
+
+def available() -> list[str]:
+    """The suites of this version."""
+    return [name for name in SUITES if importlib.util.find_spec(f"optinfer.bench.{name}")]

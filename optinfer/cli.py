@@ -1,0 +1,87 @@
+"""The command line: ``optinfer doctor | lab | bench | quantize | export | grade | progress``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from optinfer import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    from optinfer.errors import OptinferError
+
+    try:
+        return args.command(args)
+    except (OptinferError, ValueError, FileNotFoundError) as error:
+        print(f"optinfer: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="optinfer", description="A course on LLM inference optimization.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what this machine is, and how each part of the course will run on it")
+    doctor.set_defaults(command=_doctor)
+
+    lab = commands.add_parser("lab", help="open JupyterLab on the first notebook")
+    lab.add_argument(
+        "--folder", default=None, help="where the notebooks are (default: here, or copied from the package)"
+    )
+    lab.add_argument("--no-browser", action="store_true")
+    lab.add_argument("--port", type=int, default=8888)
+    lab.set_defaults(command=_lab)
+
+    fetch = commands.add_parser("fetch", help="fetch the default model into the cache")
+    fetch.set_defaults(command=_fetch)
+
+    bench = commands.add_parser("bench", help="measure, beside other libraries, and record")
+    bench.add_argument("suite", help="a suite's name, or all")
+    bench.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats")
+    bench.add_argument("--out", default="results", help="folder for the JSON files (default: %(default)s)")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from optinfer import doctor
+
+    findings = doctor.examine()
+    print(doctor.report(findings))
+    return 1 if any(finding.fatal for finding in findings) else 0
+
+
+def _lab(args: argparse.Namespace) -> int:
+    from optinfer.course import lab
+
+    return lab.open_lab(args.folder, browser=not args.no_browser, port=args.port)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from optinfer import models
+
+    print(models.default_model_path())
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from optinfer import bench, hardware, results
+    from optinfer.bench.report import show
+
+    suites = bench.available() if args.suite == "all" else [args.suite]
+    machine = hardware.this_machine()
+    for suite in suites:
+        rows = bench.run(suite, quick=args.quick)
+        print(show(rows))
+        print(f"written to {results.save(suite, rows, Path(args.out), machine=machine)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

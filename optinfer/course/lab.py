@@ -1,0 +1,57 @@
+"""Open JupyterLab on the first notebook."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from optinfer import data
+from optinfer.errors import OptinferError
+
+FIRST = "00_start_here.ipynb"
+
+
+def notebooks_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """The notebooks to work in: the given folder, the repository's, or a copy of the installed ones in ./optinfer-course.
+
+    A copy never overwrites a notebook that is already there.
+    """
+    if folder is not None:
+        chosen = Path(folder)
+        if not (chosen / FIRST).is_file():
+            raise OptinferError(f"folder {str(folder)!r} holds no {FIRST}")
+        return chosen
+    installed = data.root() / "notebooks"
+    if (data.root() / "pyproject.toml").is_file():
+        return installed
+    mine = Path.cwd() / "optinfer-course"
+    for source in sorted(installed.rglob("*.ipynb")):
+        target = mine / source.relative_to(installed)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(source, target)
+    return mine
+
+
+def open_lab(folder: str | os.PathLike[str] | None = None, browser: bool = True, port: int = 8888) -> int:
+    """Replace this process by JupyterLab, opened on the first notebook.
+
+    Raises:
+        OptinferError: JupyterLab is not installed, or the folder holds no notebooks.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise OptinferError("JupyterLab is not installed; install it with: pip install 'optinfer[lab]'")
+    notebooks = notebooks_folder(folder)
+    command = [sys.executable, "-m", "jupyter", "lab", str(notebooks / FIRST), f"--port={port}"]
+    command += [
+        f"--ServerApp.root_dir={notebooks}",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    if not browser:
+        command.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    os.execv(sys.executable, command)
