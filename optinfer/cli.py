@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure, beside other libraries, and record")
     bench.add_argument("suite", help="a suite's name, or all")
     bench.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats")
-    bench.add_argument("--out", default="results", help="folder for the JSON files (default: %(default)s)")
+    bench.add_argument(
+        "--out",
+        default=None,
+        help="folder for the JSON files (default: data/results of the repository, else ./results)",
+    )
     bench.set_defaults(command=_bench)
     return parser
 
@@ -75,11 +79,12 @@ def _bench(args: argparse.Namespace) -> int:
     from optinfer.bench.report import show
 
     suites = bench.available() if args.suite == "all" else [args.suite]
+    folder = Path(args.out) if args.out else results.default_folder()
     machine = hardware.this_machine()
     for suite in suites:
         rows = bench.run(suite, quick=args.quick)
         print(show(rows))
-        print(f"written to {results.save(suite, rows, Path(args.out), machine=machine)}")
+        print(f"written to {results.save(suite, rows, folder, machine=machine)}")
     return 0
 
 

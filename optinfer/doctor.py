@@ -37,10 +37,7 @@ class Finding:
 
 def versions() -> list[Finding]:
     """Python and the packages the course uses, each with what to do when it is missing or too old."""
-    python = Finding("Python", platform.python_version())
-    if sys.version_info < (3, 11):
-        python = Finding("Python", platform.python_version(), "install Python 3.11 or newer", fatal=True)
-    found = [python]
+    found = [Finding("Python", platform.python_version())]
     for package, purpose, floor, required in _NEEDS:
         try:
             version = importlib.metadata.version(package)

@@ -103,6 +103,14 @@ def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str],
     return target
 
 
+def default_folder() -> Path:
+    """Where new results go: the repository's ``data/results``, or ``./results`` outside of it."""
+    from optinfer import data
+
+    in_repository = (data.root() / "pyproject.toml").is_file()
+    return data.root() / "data" / "results" if in_repository else Path("results")
+
+
 def write_whole(target: Path, content: str) -> None:
     """Write a text file under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     target.parent.mkdir(parents=True, exist_ok=True)
