@@ -1,0 +1,35 @@
+# Two commands do everything: `make lab` to learn, `make test` to check.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+QUICK := not slow and not nightly and not compile and not browser and not book and not versions and not gpu
+
+.PHONY: lab test setup book notebooks lint test-slow clean
+
+lab: setup  ## open JupyterLab on notebook 00
+	@$(BIN)/optinfer lab
+
+test: setup  ## package tests, and every lesson executed from top to bottom
+	@$(BIN)/python scripts/build_notebooks.py --check
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "$(QUICK)"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Setting up .venv: a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lab,book,dev]"
+	@$(BIN)/optinfer fetch
+	@touch $@
+
+book: setup  ## the course as a web site in _build/html
+	@$(BIN)/python scripts/build_book.py
+
+notebooks: setup  ## make the notebooks from their masters
+	@$(BIN)/python scripts/build_notebooks.py
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf _build build dist *.egg-info
