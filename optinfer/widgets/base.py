@@ -55,11 +55,9 @@ class StaticWidget(anywidget.AnyWidget):
 
     _widget_css: str = ""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        cls._css = _COMMON_CSS + cls._widget_css
+        if "_css" not in vars(cls):  # anywidget makes a further subclass for each instance, with its own trait of that name
+            cls._css = _COMMON_CSS + cls._widget_css
         super().__init_subclass__(**kwargs)
 
     def summary(self) -> str:
