@@ -63,7 +63,7 @@ def load_model(
     source = default_model_path() if name is None or str(name) == DEFAULT_MODEL else _folder_or_hub_id(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     except OSError as error:
         if Path(source).is_dir():
             raise OptinferError(f"the folder {str(source)!r} cannot be loaded: {error}") from error

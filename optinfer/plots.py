@@ -29,6 +29,7 @@ RECORDED = {
 def style() -> None:
     """Set matplotlib's defaults for the course; safe to call twice."""
     import matplotlib as mpl
+    from cycler import cycler
 
     mpl.rcParams.update(
         {
@@ -38,7 +39,7 @@ def style() -> None:
             "savefig.bbox": "tight",
             "figure.facecolor": "white",
             "axes.facecolor": "white",
-            "axes.prop_cycle": mpl.cycler(color=CYCLE),
+            "axes.prop_cycle": cycler(color=CYCLE),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
