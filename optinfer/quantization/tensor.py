@@ -57,9 +57,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     word = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
     for i in range(per_word):
         word |= codes[..., i].int() << (8 * word_bytes - bits * (i + 1))
-    octets = [
-        (word >> 8 * (word_bytes - 1 - i)).bitwise_and_(0xFF).to(torch.uint8) for i in range(word_bytes)
-    ]
+    octets = [(word >> 8 * (word_bytes - 1 - i)).bitwise_and_(0xFF).to(torch.uint8) for i in range(word_bytes)]
     return torch.stack(octets, -1).flatten(-2)[..., :width].contiguous()
 
 
@@ -72,9 +70,7 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     if word_bytes == 1:
         codes = torch.stack([(packed >> (8 - bits * (i + 1))) & mask for i in range(per_word)], -1)
         return codes.flatten(-2)[..., :columns]
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % word_bytes)).unflatten(
-        -1, (-1, word_bytes)
-    )
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % word_bytes)).unflatten(-1, (-1, word_bytes))
     word = packed[..., 0].int() << 8 * (word_bytes - 1)
     for i in range(1, word_bytes):
         word |= packed[..., i].int() << 8 * (word_bytes - 1 - i)
@@ -265,7 +261,7 @@ class QuantizedTensor:
         if self.is_codebook:
             return self._codebook_range(start * width, stop * width, dtype).view(stop - start, width)
         if self.scheme == "llm_int8":
-            return (self.packed[start:stop].float() * (self.scale[start:stop, None] * (1 / 127))).to(dtype)
+            return (self.packed[start:stop].float() * self.scale[start:stop, None]).mul_(1 / 127).to(dtype)
         one_scale = self.scale.shape[0] == 1
         scale = self.scale if one_scale else self.scale[start:stop]
         if self.packed.dtype == torch.int8:
