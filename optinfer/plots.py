@@ -105,7 +105,7 @@ def bars(ax: "Axes", labels: list[str], values: list[float], unit: str, recorded
     """Horizontal bars with their values written at the end; recorded ones are hatched."""
     marks = recorded or [False] * len(values)
     for i, (label, value, is_recorded) in enumerate(zip(labels, values, marks, strict=True)):
-        extra = RECORDED if is_recorded else {}
+        extra: dict[str, Any] = RECORDED if is_recorded else {}
         ax.barh(i, value, color=CYCLE[i % len(CYCLE)], label=label, **extra)
         ax.annotate(f" {value:,.3g} {unit}", (value, i), va="center", fontsize=9)
     ax.set_yticks(range(len(labels)), labels)
