@@ -1,0 +1,39 @@
+"""Chapter 3: the KV cache in pages. The block manager is pure Python; torch loads only with the tensors."""
+
+import importlib
+from typing import Any
+
+# Public name -> the submodule that defines it; resolved on first use, so that the manager needs no torch.
+_PUBLIC = {
+    **dict.fromkeys(
+        [
+            "Allocation",
+            "BlockCopy",
+            "BlockManager",
+            "DuplicateSequence",
+            "IntegrityError",
+            "OutOfBlocks",
+            "UnknownSequence",
+        ],
+        "block_manager",
+    ),
+    **dict.fromkeys(["Event", "State", "replay"], "events"),
+    **dict.fromkeys(["ContiguousAllocator", "Trace", "Usage", "sharegpt_like", "simulate"], "contiguous"),
+    **dict.fromkeys(["kv_bytes_per_token", "num_blocks_for", "num_sequences_that_fit"], "memory"),
+    **dict.fromkeys(["PagedCache"], "paged_cache"),
+    **dict.fromkeys(["paged_attention", "paged_attention_reference"], "paged_attention"),
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
