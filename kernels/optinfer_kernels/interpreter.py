@@ -43,10 +43,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     if not isinstance(kernel, JITFunction):  # TRITON_INTERPRET=1: it is interpreted already
         _repair_arithmetic()
-        with _lock:
+        with _lock, np.errstate(all="ignore"):
             kernel[grid](*args, **options)
     elif _forced or not any(getattr(arg, "is_cuda", False) for arg in _tensors(args)):
-        with _session(kernel) as twin:
+        with _session(kernel) as twin, np.errstate(all="ignore"):  # a GPU does not warn of log(0) either
             twin[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
