@@ -50,7 +50,32 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the JSON files (default: data/results of the repository, else ./results)",
     )
     bench.set_defaults(command=_bench)
+
+    grade = commands.add_parser("grade", help="score exercise notebooks in a fresh kernel")
+    grade.set_defaults(command=_grade)
+    _add_grade_arguments(grade)
+
+    progress = commands.add_parser("progress", help="which exercises are solved")
+    progress.set_defaults(command=_progress)
     return parser
+
+
+def _add_grade_arguments(parser: argparse.ArgumentParser) -> None:
+    from optinfer.course.grade import add_arguments
+
+    add_arguments(parser)
+
+
+def _grade(args: argparse.Namespace) -> int:
+    from optinfer.course.grade import grade_command
+
+    return grade_command(args)
+
+
+def _progress(args: argparse.Namespace) -> int:
+    from optinfer.course.records import progress_command
+
+    return progress_command(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -132,6 +133,152 @@ def lessons() -> list[Path]:
     return sorted(SOURCE.glob("[0-9]*.md"))
 
 
+# ------------------------------------------------------------------------------------------------------ exercises
+_DIRECTIVE = re.compile(r"^:::\{(?P<kind>exercise|question)\} (?P<what>.+)\n(?P<body>(?:.*\n)*?):::$", re.M)
+
+
+def exercise_masters() -> list[Path]:
+    return sorted((SOURCE / "exercises").glob("[0-9]*.md"))
+
+
+def build_exercises(path: Path, solved: bool) -> nbformat.NotebookNode:
+    """An exercise notebook from its master and the Exercise objects that it names; `solved`: with the solutions in it.
+
+    The cells carry nbgrader's metadata. The solved notebook marks its solutions as nbgrader's sources do, so that
+    generate_assignment makes the unsolved one from it.
+    """
+    from optinfer.course import exercises
+
+    name = f"{'solutions' if solved else 'exercises'}/{path.stem}"
+    header = yaml.safe_load(path.read_text(encoding="utf-8").split("\n---\n", 1)[0].removeprefix("---\n"))["optinfer"]
+    cells: list[nbformat.NotebookNode] = []
+    used = []
+    for cell in lesson_cells(path):
+        if cell.cell_type == "code":
+            cells.append(cell)
+            continue
+        position = 0
+        for match in _DIRECTIVE.finditer(cell.source):
+            cells += _prose(cell.source[position : match.start()])
+            position = match.end()
+            if match["kind"] == "exercise":
+                used.append(exercises.get(match["what"].strip()))
+                cells += exercise_cells(used[-1], len(used), solved)
+            else:
+                cells += question_cells(match["what"].strip(), match["body"], solved)
+        cells += _prose(cell.source[position:])
+    front = Front(
+        title=header["title"] + (": solutions" if solved else ""),
+        chapter=header["chapter"],
+        minutes=sum(exercise.minutes for exercise in used),
+        hardware=header["hardware"],
+        objectives=tuple(header["objectives"]),
+    )
+    points = sum(exercise.points for exercise in used)
+    about = f"{opening(name, front)} · **Exercises** {len(used)}, {points} points"
+    cells = [nbformat.v4.new_markdown_cell(about), nbformat.v4.new_code_cell(exercise_set_up()), *cells]
+    notebook = finish(cells, name)
+    notebook.metadata["optinfer"] = {"exercises": [exercise.id for exercise in used]}
+    return notebook
+
+
+def exercise_set_up() -> str:
+    lines = set_up("").splitlines()[:-2]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "import torch",
+            "from torch import Tensor",
+            "",
+            "from optinfer import check, hint, progress, solution",
+        ]
+    )
+
+
+def exercise_cells(exercise: Any, number: int, solved: bool) -> list[nbformat.NotebookNode]:
+    grade_id = exercise.id.replace(".", "-")
+    dots = "●" * exercise.difficulty + "○" * (5 - exercise.difficulty)
+    facts = [f"`{exercise.id}`", f"difficulty {dots}", f"{exercise.minutes} minutes"]
+    if exercise.prerequisites:
+        facts.append("after " + ", ".join(f"`{needed}`" for needed in exercise.prerequisites))
+    cells = [nbformat.v4.new_markdown_cell(f"## {number}. {exercise.title}\n\n{' · '.join(facts)}\n\n{exercise.spec}")]
+    if exercise.given:
+        cells.append(_graded(nbformat.v4.new_code_cell(exercise.given_source), f"{grade_id}-given", locked=True))
+    answer = nbformat.v4.new_code_cell(exercise.marked if solved else exercise.stub)
+    cells.append(_graded(answer, f"{grade_id}-answer", solution=True))
+    test = nbformat.v4.new_code_cell(f'check("{exercise.id}", {exercise.name})  # stuck? hint("{exercise.id}")')
+    cells.append(_graded(test, f"{grade_id}-check", locked=True, points=exercise.points))
+    return cells
+
+
+def question_cells(what: str, body: str, solved: bool) -> list[nbformat.NotebookNode]:
+    """A question answered in words: read by a person, or compared by the reader with the answer in the solutions."""
+    grade_id, points = what.split()
+    question, answer = body.split("\n---\n")
+    text = f"*Your answer in two or three sentences* ({points} points from a teacher)"
+    cell = nbformat.v4.new_markdown_cell(
+        f"### BEGIN SOLUTION\n{answer.strip()}\n### END SOLUTION" if solved else "YOUR ANSWER HERE"
+    )
+    return [
+        nbformat.v4.new_markdown_cell(f"## In your own words\n\n{question.strip()}\n\n{text}"),
+        _graded(cell, grade_id, solution=True, points=int(points)),
+    ]
+
+
+def _prose(text: str) -> list[nbformat.NotebookNode]:
+    return [nbformat.v4.new_markdown_cell(text.strip())] if text.strip() else []
+
+
+def _graded(
+    cell: nbformat.NotebookNode, grade_id: str, solution: bool = False, locked: bool = False, points: int | None = None
+) -> nbformat.NotebookNode:
+    """Add nbgrader's metadata: an answer (solution), a test (points, locked), a manual cell (both), or a read-only cell."""
+    cell.metadata["nbgrader"] = {
+        "grade": points is not None,
+        "grade_id": grade_id,
+        "locked": locked,
+        **({"points": points} if points is not None else {}),
+        "schema_version": 3,
+        "solution": solution,
+        "task": False,
+    }
+    return cell
+
+
+def exercise_index() -> str:
+    """The book's page of all exercises."""
+    from optinfer.course import exercises
+
+    every = exercises.every()
+    lines = [
+        "# Exercises",
+        "",
+        f"{len(every)} exercises, {sum(e.points for e in every)} points, about {sum(e.minutes for e in every) / 60:.0f} hours. "
+        'Each has a specification, a stub, and `check("id", your_function)`, which runs your answer on many inputs and says '
+        'what the pattern of its errors usually means. `hint("id")` helps in three steps; `progress()` keeps count.',
+        "",
+    ]
+    for path in exercise_masters():
+        chapter = next(c for c in exercises.CHAPTERS if c.notebook == path.stem)
+        lines += [
+            f"## {chapter.title}",
+            "",
+            f"[Exercises]({path.stem}.ipynb) · [solutions](../solutions/{path.stem}.ipynb) · "
+            f"[![Open in Colab]({COLAB_BADGE})]({colab_url('exercises/' + path.stem)})",
+            "",
+            "| exercise | | difficulty | minutes | after |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{e.id}` | {e.title} | {'●' * e.difficulty}{'○' * (5 - e.difficulty)} | {e.minutes} | "
+            f"{', '.join(f'`{needed}`' for needed in e.prerequisites)} |"
+            for e in exercises.of_chapter(chapter.prefix)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def course_map() -> str:
     """The README's table: one row per lesson, from the masters' front matter."""
     rows = ["| notebook | afterwards you can | minutes | hardware | Colab |", "|---|---|---|---|---|"]
@@ -156,6 +303,11 @@ def outputs() -> Iterator[tuple[Path, str]]:
     """Every generated file and its content."""
     for path in lessons():
         yield ROOT / "notebooks" / f"{path.stem}.ipynb", nbformat.writes(build_lesson(path), indent=1) + "\n"
+    for path in exercise_masters():
+        for folder in ("exercises", "solutions"):
+            notebook = build_exercises(path, solved=folder == "solutions")
+            yield ROOT / "notebooks" / folder / f"{path.stem}.ipynb", nbformat.writes(notebook, indent=1) + "\n"
+    yield ROOT / "notebooks" / "exercises" / "index.md", exercise_index()
     readme = ROOT / "README.md"
     yield readme, with_course_map(readme.read_text(encoding="utf-8"))
 

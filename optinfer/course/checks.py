@@ -1,0 +1,421 @@
+"""Check an answer: run it on many inputs, compare, and say what the pattern of the errors usually means.
+
+How a misconception is recognized: every exercise knows its usual wrong answers as code. Where the reader's answer
+fails, those are run on the same inputs, and the one that fails in the same way names the misconception.
+"""
+
+import inspect
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor
+
+from optinfer.course import exercises
+from optinfer.course.card import Card
+from optinfer.course.compare import Difference, difference, show
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong
+
+_COURSE = str(Path(__file__).parent) + os.sep
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check found. True if every input passed.
+
+    Attributes:
+        id: of the exercise.
+        passed: every input passed.
+        cases, passed_cases: inputs tried, and those that passed.
+        attempted: False while the stub still raises NotImplementedError.
+        points: that the exercise is worth; `score` is all or none of them.
+        misconception: the name of the one recognized, if any.
+        card: what the reader sees.
+    """
+
+    id: str
+    passed: bool
+    cases: int
+    passed_cases: int
+    attempted: bool
+    points: int
+    misconception: str | None
+    card: Card
+
+    @property
+    def score(self) -> int:
+        return self.points if self.passed else 0
+
+    @property
+    def message(self) -> str:
+        return repr(self.card)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return repr(self.card)
+
+    def _repr_html_(self) -> str:
+        return self.card._repr_html_()
+
+
+class Shortcut(BaseException):
+    """The answer called what it should have been; not an Exception, so that no `except Exception` hides it."""
+
+
+class TooSlow(BaseException):
+    """One input took longer than the exercise's limit."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What an answer did with one input: a value, or an error."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+def evaluate(exercise: Exercise, answer: Any, seed: int = 0) -> Result:
+    """Run an answer on all inputs of an exercise; raises nothing but KeyboardInterrupt."""
+    if not callable(answer) and not hasattr(answer, "fn"):
+        return _refused(
+            exercise, f"Pass the function itself, not its result: `check({exercise.id!r}, {exercise.name})`."
+        )
+    expected = [_expected(exercise, c) for c in exercise.cases(Draw(seed))]
+    outcomes: list[_Outcome] = []
+    differences: list[Difference | None] = []
+    fresh = list(exercise.cases(Draw(seed)))
+    for mine, untouched, right in zip(exercise.cases(Draw(seed)), fresh, expected):
+        outcome = _attempt(exercise, answer, mine, watched=True)
+        if _not_attempted(outcome.error):
+            return _not_started(exercise)
+        outcomes.append(outcome)
+        differences.append(_judge(exercise, outcome, right, mine, untouched))
+        if isinstance(outcome.error, (Shortcut, TooSlow)):
+            break  # one is enough
+    failed = [i for i, found in enumerate(differences) if found is not None]
+    if not failed:
+        return _passed(exercise, len(expected))
+    return _failed(exercise, seed, fresh, expected, outcomes, differences, failed)
+
+
+# ------------------------------------------------------------------------------------------------------ one input
+def _expected(exercise: Exercise, c: Case) -> Any:
+    return exercise.expected(*c.args)
+
+
+def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcome:
+    try:
+        with _time_limit(exercise.limit):
+            if exercise.model:  # the model runs the package: watch only the reader's own part
+                return _Outcome(exercise.run(_watched(exercise, answer) if watched else answer, *c.args))
+            with _watch(exercise) if watched else _nothing():
+                return _Outcome(exercise.run(answer, *c.args) if exercise.run else answer(*c.args))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return _Outcome(error=error)
+
+
+def _judge(exercise: Exercise, outcome: _Outcome, expected: Any, mine: Case, untouched: Case) -> Difference | None:
+    if outcome.error is not None:
+        return Difference("error", _error_text(outcome.error))
+    found = difference(expected, outcome.value, exercise.rtol, exercise.atol)
+    if found is None and not exercise.changes_input:
+        for name, before, after in zip(_parameters(exercise, len(mine.args)), untouched.args, mine.args):
+            if isinstance(before, (Tensor, list, dict)) and difference(before, after, 0, 0) is not None:
+                return Difference("input", f"the result is right, but `{name}` was changed on the way")
+    return found
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TooSlow after so many seconds; only where signals exist and only in the main thread."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"still running after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ------------------------------------------------------------------------------------------------------ shortcuts
+def _watched(exercise: Exercise, answer: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _watch(exercise):
+            return answer(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _watch(exercise: Exercise) -> Iterator[None]:
+    """Stop an answer that calls the package, another answer of the course, or a function the exercise forbids."""
+    allowed = {function.__name__ for function in map(inspect.unwrap, exercise.given)}
+    if exercise.run is not None:
+        allowed.add(exercise.run.__name__)
+    found: list[str] = []
+
+    def hook(frame: FrameType, event: str, arg: Any) -> None:
+        name = None
+        if event == "call":
+            code = frame.f_code
+            if _is_ours(code) and not _is_allowed(code, allowed):
+                name = f"{frame.f_globals.get('__name__', 'optinfer')}.{code.co_name}"
+            elif code.co_name in exercise.forbidden and f"{os.sep}torch{os.sep}" in code.co_filename:
+                name = code.co_name
+        elif event == "c_call" and getattr(arg, "__name__", "") in exercise.forbidden:
+            name = arg.__name__
+        if name is not None:
+            found.append(name)
+            raise Shortcut(name)
+
+    before = sys.getprofile()
+    sys.setprofile(hook)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+        if found and not isinstance(sys.exc_info()[1], Shortcut):
+            raise Shortcut(found[0])
+
+
+def _is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(_PACKAGE) or f"{os.sep}optinfer_kernels{os.sep}" in code.co_filename
+
+
+def _is_allowed(code: CodeType, allowed: set[str]) -> bool:
+    if code.co_filename == __file__ or code.co_filename.endswith(f"optinfer_kernels{os.sep}interpreter.py"):
+        return True
+    in_exercises = code.co_filename.startswith(_COURSE + "exercises")
+    return in_exercises and code.co_qualname.split(".")[0] in allowed
+
+
+# ------------------------------------------------------------------------------------------------------ diagnosis
+def diagnose(
+    exercise: Exercise, seed: int, expected: list[Any], outcomes: list[_Outcome], failed: list[int]
+) -> Wrong | None:
+    """The misconception whose wrong answer fails like this one on most of the failing inputs, on half of them at least."""
+    best, best_matches = None, 0
+    for wrong in exercise.wrong:
+        answer = exercise.wrong_answer(wrong)
+        matches = 0
+        for i, c in enumerate(exercise.cases(Draw(seed))):
+            if i >= len(outcomes):
+                break
+            theirs = _attempt(exercise, answer, c, watched=False)
+            same = _alike(exercise, outcomes[i], theirs)
+            if i in failed:
+                matches += same
+            elif not same:
+                matches -= 1  # it fails where the reader is right: less likely
+        if matches > best_matches:
+            best, best_matches = wrong, matches
+    return best if 2 * best_matches >= len(failed) else None
+
+
+def _alike(exercise: Exercise, mine: _Outcome, theirs: _Outcome) -> bool:
+    if mine.error is not None or theirs.error is not None:
+        return _kind(mine.error) == _kind(theirs.error)
+    return difference(theirs.value, mine.value, exercise.rtol, exercise.atol) is None
+
+
+def _kind(error: BaseException | None) -> tuple[str, str]:
+    return (type(error).__name__, str(error)[:60])
+
+
+def _clue(
+    exercise: Exercise, expected: list[Any], outcomes: list[_Outcome], differences: list, failed: list[int]
+) -> str:
+    """What a pattern of errors usually means where no misconception of the exercise fits."""
+    first = failed[0]
+    error, found = outcomes[first].error, differences[first]
+    if isinstance(error, Shortcut):
+        return f"Write it yourself: `{error}` must not be called here."
+    if isinstance(error, TooSlow):
+        return "A loop that never ends, or one over single numbers where a tensor operation would do."
+    if isinstance(error, NameError):
+        return "A name is used before it is defined: run the cells above first, or check its spelling."
+    if error is not None:
+        return "The code stops on this input. Copy the input into a cell and run the lines one by one."
+    values = [outcome.value for outcome in outcomes]
+    if values[first] is None:
+        return "Nothing came back: is the `return` missing?"
+    if found.kind == "input":
+        return "An operation in place (ending in `_`, or `x[...] = …`, or `list.append`) reaches the caller: work on a copy."
+    if found.kind in ("type", "length", "shape", "dtype"):
+        return "Compare the types, shapes and dtypes in the docstring with what is returned."
+    if len(values) > 1 and all(difference(values[0], v, 0, 0) is None for v in values[1:]):
+        return "The answer is the same for every input."
+    if found.kind == "nan":
+        return "A NaN comes from 0/0, inf - inf or inf * 0: look for a row, block or range that is empty, constant or masked."
+    if len(failed) < len(outcomes):
+        return f"{len(outcomes) - len(failed)} inputs pass: what is special about this one is in its description."
+    ratio = _constant_ratio(expected[first], values[first])
+    if ratio is not None:
+        return f"Every number is {ratio:.6g} times the expected one: a factor is missing or too many."
+    return "Try the smallest failing input by hand, and compare each intermediate value."
+
+
+def _constant_ratio(expected: Any, got: Any) -> float | None:
+    if isinstance(expected, Tensor) and isinstance(got, Tensor) and expected.numel() > 1 and (expected != 0).any():
+        ratio = (got.double() / expected.double())[expected != 0]
+        if ratio.isfinite().all() and (ratio - ratio.mean()).abs().max() < 1e-3 * ratio.mean().abs():
+            return float(ratio.mean())
+    if isinstance(expected, float) and isinstance(got, float) and expected and math.isfinite(got):
+        return got / expected
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ in words
+def _passed(exercise: Exercise, count: int) -> Result:
+    lines = (f"All {count} inputs pass. {exercise.points} point{'s' * (exercise.points > 1)}.",)
+    card = Card(f"{exercise.id}: {exercise.title}", lines, "good")
+    return Result(exercise.id, True, count, count, True, exercise.points, None, card)
+
+
+def _not_started(exercise: Exercise) -> Result:
+    lines = (
+        f"Not started. Write the body of `{exercise.name}`, run its cell, then this one again.",
+        f'A first nudge: `hint("{exercise.id}")`.',
+    )
+    card = Card(f"{exercise.id}: {exercise.title}", lines, "note")
+    return Result(exercise.id, False, 0, 0, False, exercise.points, None, card)
+
+
+def _refused(exercise: Exercise, line: str) -> Result:
+    card = Card(f"{exercise.id}: {exercise.title}", (line,), "bad")
+    return Result(exercise.id, False, 0, 0, True, exercise.points, None, card)
+
+
+def _failed(
+    exercise: Exercise,
+    seed: int,
+    inputs: list[Case],
+    expected: list[Any],
+    outcomes: list[_Outcome],
+    differences: list[Difference | None],
+    failed: list[int],
+) -> Result:
+    first = failed[0]
+    outcome, found = outcomes[first], differences[first]
+    stopped = isinstance(outcome.error, (Shortcut, TooSlow))
+    wrong = None if stopped or _is_typo(outcome.error) else diagnose(exercise, seed, expected, outcomes, failed)
+    count = len(expected)
+    lines = [f"Input: {inputs[first].label}"]
+    names = _parameters(exercise, len(inputs[first].args))
+    lines += [f"  `{name}` = {show(value)}" for name, value in zip(names, inputs[first].args)]
+    lines.append(f"Expected: {show(expected[first])}")
+    if outcome.error is None:
+        lines.append(f"Got: {show(outcome.value)}")
+    lines.append(f"Difference: {found.text}.")
+    if wrong is not None:
+        lines.append(f"This usually means: {wrong.name}. {wrong.meaning}")
+    elif outcome.error is None and _is_input(outcome.value, inputs[first].args):
+        lines.append("The input came back unchanged.")
+    else:
+        lines.append(_clue(exercise, expected, outcomes, differences, failed))
+    lines.append(f'Stuck? `hint("{exercise.id}")`')
+    passed = 0 if stopped else len(outcomes) - len(failed)
+    title = f"{exercise.id}: {passed} of {count} inputs pass" if not stopped else f"{exercise.id}: stopped"
+    card = Card(title, tuple(lines), "bad")
+    return Result(exercise.id, False, count, passed, True, exercise.points, wrong.name if wrong else None, card)
+
+
+def _is_input(value: Any, args: tuple[Any, ...]) -> bool:
+    return any(
+        isinstance(value, (Tensor, list, tuple, dict))
+        and type(value) is type(arg)
+        and difference(arg, value, 0, 0) is None
+        for arg in args
+    )
+
+
+def _is_typo(error: BaseException | None) -> bool:
+    return isinstance(error, (NameError, SyntaxError, ImportError))
+
+
+def _not_attempted(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, NotImplementedError) and not str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _error_text(error: BaseException) -> str:
+    if isinstance(error, Shortcut):
+        return f"`{error}` was called"
+    if isinstance(error, TooSlow):
+        return str(error)
+    where = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_PACKAGE) and "site-packages" not in frame.filename and frame.line:
+            where = f" in the line `{frame.line}`"
+            break
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}".rstrip(".")
+
+
+def _parameters(exercise: Exercise, count: int) -> list[str]:
+    source = exercise.run or exercise.answer
+    names = list(inspect.signature(source).parameters)[1 if exercise.run else 0 :]
+    return names[:count] + [f"argument {i + 1}" for i in range(len(names), count)]
+
+
+def check(exercise_id: str, answer: Any, seed: int = 0) -> Result:
+    """Check your answer to an exercise. Never raises in a notebook: the result says what to look at.
+
+    Args:
+        exercise_id: such as ``"quantization.absmax"``.
+        answer: your function, class or kernel itself, not its result.
+        seed: of the random inputs.
+
+    Returns:
+        A Result: true if everything passed; shown as a card in a notebook, as plain text in a console.
+
+    Raises:
+        AssertionError: only under nbgrader, which takes an exception in a test cell for zero points.
+    """
+    from optinfer.course import records
+
+    try:
+        exercise = exercises.get(exercise_id)
+    except exercises.UnknownExercise as error:
+        card = Card("No such exercise", (str(error),), "bad")
+        result = Result(str(exercise_id), False, 0, 0, False, 0, None, card)
+    else:
+        result = evaluate(exercise, answer, seed)
+        records.record(result)
+    _submitted[str(exercise_id)] = answer
+    if os.environ.get("NBGRADER_EXECUTION") == "autograde" and not result:
+        raise AssertionError(result.message)
+    return result
+
+
+# What this session checked last, by id: `optinfer grade` asks for it after running a notebook.
+_submitted: dict[str, Any] = {}

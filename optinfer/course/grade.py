@@ -1,0 +1,352 @@
+"""Grade notebooks: run each in a fresh kernel, ask that kernel for the answers, count the points.
+
+`optinfer grade NOTEBOOK… [--json] [--junit FILE] [--min 0.8]`
+
+What the notebook shows is not believed: after its cells have run, the kernel is asked to check every exercise again.
+A cell that raises is passed over, one that hangs is interrupted, one that kills the kernel is left out of a second run.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from optinfer.course.card import Table
+
+_CHECK = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
+_MARK = "optinfer-grade:"
+_RESTARTS = 3
+
+# Runs in the notebook's kernel after its cells. It takes the function by its name in the stub, or else what was last checked.
+_ASK = """\
+def _optinfer_grade(ids):
+    import json, os
+    os.environ.pop("NBGRADER_EXECUTION", None)
+    from optinfer.course import checks, exercises
+    for id in ids:
+        try:
+            exercise = exercises.get(id)
+            answer = globals().get(exercise.name, checks._submitted.get(id))
+            result = checks.evaluate(exercise, answer) if answer is not None else None
+            print({mark!r} + json.dumps(dict(
+                id=id, points=exercise.points, score=result.score if result else 0, passed=bool(result),
+                attempted=bool(result and result.attempted),
+                message=result.message if result else "no function " + exercise.name + " in the notebook")))
+        except exercises.UnknownExercise as error:
+            print({mark!r} + json.dumps(dict(id=id, points=0, score=0, passed=False, attempted=False, message=str(error))))
+_optinfer_grade({ids!r})
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One exercise of one notebook."""
+
+    id: str
+    points: int
+    score: int
+    passed: bool
+    attempted: bool
+    message: str
+
+
+@dataclass
+class Grade:
+    """One notebook: its scores, what went wrong while it ran, and seconds it took."""
+
+    notebook: str
+    scores: list[Score] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def points(self) -> int:
+        return sum(score.points for score in self.scores)
+
+    @property
+    def score(self) -> int:
+        return sum(score.score for score in self.scores)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the points, from 0 to 1; 0 for a notebook without exercises."""
+        return self.score / self.points if self.points else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "score": self.score, "points": self.points, "fraction": round(self.fraction, 4)}
+
+
+def grade(
+    path: str | Path,
+    cell_timeout: float = 120,
+    timeout: float = 900,
+    memory: float = 8.0,
+    folder: str | Path | None = None,
+) -> Grade:
+    """Grade one notebook; the file is not touched, and nothing that it does raises here.
+
+    Args:
+        path: the notebook, whatever its name; its exercises are those of its metadata and of its calls of ``check``.
+        cell_timeout: seconds one cell may take; then it is interrupted.
+        timeout: seconds for the whole notebook; then its remaining cells are not run.
+        memory: gigabytes that the kernel may use; then it is stopped.
+        folder: working directory of the kernel; default an empty temporary one.
+    """
+    start = time.perf_counter()
+    result = Grade(str(path))
+    try:
+        import nbformat
+
+        notebook = nbformat.read(Path(path), as_version=4)
+        ids = exercises_of(notebook)
+    except Exception as error:  # nbformat raises many kinds for files that are no notebooks
+        result.problems.append(f"not a notebook: {_first_line(error)}")
+        return result
+    if not ids:
+        result.problems.append('no exercise in it: no cell calls check("…", …)')
+        return result
+    with tempfile.TemporaryDirectory() as empty:
+        skipped: set[int] = set()
+        for _ in range(_RESTARTS):
+            fatal = _run(notebook, ids, skipped, result, cell_timeout, start + timeout, memory, str(folder or empty))
+            if fatal is None:
+                break
+            skipped.add(fatal)
+    _fill_in(result, ids)
+    result.seconds = round(time.perf_counter() - start, 2)
+    return result
+
+
+def exercises_of(notebook: Any) -> list[str]:
+    """Ids of a notebook's exercises: those it was made with, then those that its cells check."""
+    made_with = notebook.metadata.get("optinfer", {})
+    ids = list(made_with.get("exercises", [])) if isinstance(made_with, dict) else []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            code = "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith("#"))
+            ids += _CHECK.findall(code)
+    return list(dict.fromkeys(str(id) for id in ids))
+
+
+def _run(
+    notebook: Any,
+    ids: list[str],
+    skipped: set[int],
+    result: Grade,
+    cell_timeout: float,
+    deadline: float,
+    memory: float,
+    folder: str,
+) -> int | None:
+    """Run the cells, then ask for the scores. Returns the index of a cell that killed the kernel, or None."""
+    import copy
+
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = copy.deepcopy(notebook)
+    client = NotebookClient(
+        notebook,
+        timeout=cell_timeout,
+        interrupt_on_timeout=True,
+        allow_errors=True,
+        kernel_name="python3",
+        startup_timeout=120,
+    )
+    client.resources["metadata"] = {"path": folder}
+    # A grade is no progress of the person who grades, and nbgrader's way of failing is not wanted here.
+    environment = {**_environment(), "OPTINFER_PROGRESS": str(Path(folder) / "progress.json"), "MPLBACKEND": "agg"}
+    index = -1
+    with client.setup_kernel(env=environment), _memory_limit(client, memory) as exceeded:
+        try:
+            for index, cell in enumerate(notebook.cells):
+                if cell.cell_type != "code" or index in skipped:
+                    continue
+                left = deadline - time.perf_counter()
+                if left <= 0:
+                    result.problems.append(f"cell {index + 1} and those after it were not run: out of time")
+                    break
+                client.timeout = min(cell_timeout, left)
+                started = time.perf_counter()
+                client.execute_cell(cell, index)
+                if time.perf_counter() - started >= client.timeout:
+                    result.problems.append(f"cell {index + 1} was interrupted after {client.timeout:.0f} seconds")
+                problem = next((o for o in cell.outputs if o.output_type == "error"), None)
+                if problem is not None and problem.ename != "KeyboardInterrupt":
+                    result.problems.append(f"cell {index + 1} raised {problem.ename}: {_first_line(problem.evalue)}")
+            client.timeout = max(60.0, 20.0 * len(ids))
+            ask = nbformat.v4.new_code_cell(_ASK.format(mark=_MARK, ids=ids))
+            notebook.cells.append(ask)
+            index = len(notebook.cells) - 1
+            client.execute_cell(ask, index)
+            result.scores = _read_scores(ask)
+        except DeadKernelError:
+            why = f"used more than {memory:g} GB" if exceeded else "killed the kernel"
+            result.problems.append(f"cell {index + 1} {why}")
+            return index
+        except (CellTimeoutError, CellExecutionError) as error:
+            result.problems.append(f"cell {index + 1}: {_first_line(error)}")
+            return index if index < len(notebook.cells) - 1 else None
+    return None
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {key: value for key, value in os.environ.items() if key != "NBGRADER_EXECUTION"}
+
+
+def _read_scores(cell: Any) -> list[Score]:
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return [Score(**json.loads(line[len(_MARK) :])) for line in text.splitlines() if line.startswith(_MARK)]
+
+
+def _fill_in(result: Grade, ids: list[str]) -> None:
+    """An exercise that could not be checked scores 0 of its points."""
+    from optinfer.course import exercises
+
+    known = {score.id: score for score in result.scores}
+    scores = []
+    for id in ids:
+        if id in known:
+            scores.append(known[id])
+            continue
+        try:
+            points = exercises.get(id).points
+        except exercises.UnknownExercise:
+            points = 0
+        scores.append(Score(id, points, 0, False, False, "could not be checked: " + "; ".join(result.problems[-1:])))
+    result.scores = scores
+
+
+@contextmanager
+def _memory_limit(client: Any, gigabytes: float) -> Iterator[list[int]]:
+    """Kill the kernel when it, with its children, holds more than so much memory; the list is then not empty."""
+    import psutil
+
+    exceeded: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        kernel = psutil.Process(client.km.provisioner.pid)
+        while not done.wait(0.1):
+            try:
+                family = [kernel, *kernel.children(recursive=True)]
+                used = sum(process.memory_info().rss for process in family)
+                if used > gigabytes * 1e9:
+                    exceeded.append(used)
+                    kernel.kill()
+                    return
+            except psutil.Error:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield exceeded
+    finally:
+        done.set()
+        thread.join()
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------ reports
+def report(grades: list[Grade], minimum: float) -> str:
+    """All grades as text: a table, then what the failed exercises said."""
+    rows, details = [], []
+    for found in grades:
+        for score in found.scores:
+            state = "solved" if score.passed else ("wrong" if score.attempted else "not started")
+            rows.append((Path(found.notebook).name, score.id, state, f"{score.score}/{score.points}"))
+            if score.attempted and not score.passed:
+                details.append(score.message)
+        details += [f"{found.notebook}: {problem}" for problem in found.problems]
+        verdict = "" if found.fraction >= minimum and found.points else f"  (below {minimum:.0%})"
+        rows.append(
+            (Path(found.notebook).name, "", "", f"{found.score}/{found.points} = {found.fraction:.0%}{verdict}")
+        )
+    return "\n".join([repr(Table(("notebook", "exercise", "", "points"), tuple(rows))), *details])
+
+
+def junit(grades: list[Grade]) -> str:
+    """All grades as JUnit XML: a suite for each notebook, a case for each exercise."""
+    root = ElementTree.Element("testsuites")
+    for found in grades:
+        failures = sum(not score.passed for score in found.scores)
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=Path(found.notebook).stem,
+            tests=str(len(found.scores)),
+            failures=str(failures),
+            errors="0" if found.scores else "1",
+            time=str(found.seconds),
+        )
+        for score in found.scores:
+            one = ElementTree.SubElement(suite, "testcase", classname=Path(found.notebook).stem, name=score.id)
+            if not score.passed:
+                failure = ElementTree.SubElement(one, "failure", message=_first_line(score.message))
+                failure.text = _printable(score.message)
+        if not found.scores:
+            one = ElementTree.SubElement(suite, "testcase", classname=Path(found.notebook).stem, name="notebook")
+            ElementTree.SubElement(one, "error", message=_printable("; ".join(found.problems)))
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that XML forbids."""
+    return re.sub(r"[^\t\n\r\x20-\uFFFD]", "", text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``optinfer grade``."""
+    parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--junit", metavar="FILE", help="also write JUnit XML")
+    parser.add_argument(
+        "--min", type=float, default=1.0, help="share of the points for exit code 0 (default: %(default)s)"
+    )
+    parser.add_argument("--cell-timeout", type=float, default=120, help="seconds for one cell (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one notebook (default: %(default)s)")
+    parser.add_argument("--memory", type=float, default=8.0, help="gigabytes for one kernel (default: %(default)s)")
+
+
+def grade_command(args: argparse.Namespace) -> int:
+    """``optinfer grade``: 0 if every notebook reaches ``--min``, else 1.
+
+    Raises:
+        ValueError: ``--min`` is no share, or a limit is not positive.
+    """
+    if not 0 <= args.min <= 1:
+        raise ValueError(f"--min must be a share from 0 to 1, not {args.min}")
+    for name in ("cell_timeout", "timeout", "memory"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    grades = []
+    for path in args.notebooks:
+        print(f"{path} …", file=sys.stderr)
+        grades.append(grade(path, args.cell_timeout, args.timeout, args.memory))
+    if args.junit:
+        _write(Path(args.junit), junit(grades))
+    print(json.dumps([found.as_dict() for found in grades], indent=1) if args.json else report(grades, args.min))
+    return 0 if all(found.points and found.fraction >= args.min for found in grades) else 1
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
