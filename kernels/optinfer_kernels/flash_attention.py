@@ -104,27 +104,24 @@ def key_range(
     first_row, kv_len, shift, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Cut the keys of BLOCK_M rows into three runs: left edge of the window, all visible, diagonal or ragged end.
+    """Cut the keys of BLOCK_M rows where the mask begins to matter; cuts before the last are multiples of BLOCK_N.
 
-        keys   0 ......... begin ..... full ........... ragged ..... end
-                 unseen          mask        no mask           mask
+        keys   0 ........ begin ................ ragged ...... end
+                 unseen          seen by all           mask        unseen
 
-    Only the outer runs need a mask, and most tiles are in the middle. All cuts but `end` are multiples of BLOCK_N.
+    Most tiles lie in the middle run, which needs no mask. A window has a second ragged edge: there, mask everything.
     """
-    end = kv_len
-    ragged = kv_len
-    if CAUSAL:
-        end = tl.minimum(kv_len, tl.maximum(first_row + BLOCK_M + shift, 0))  # the last row sees one key less
-        ragged = tl.minimum(end, tl.maximum(first_row + shift + 1, 0))  # the first row sees this many
-    ragged = ragged // BLOCK_N * BLOCK_N
     begin = 0
-    full = 0
+    ragged = kv_len
+    end = kv_len
+    if CAUSAL:
+        ragged = tl.minimum(kv_len, tl.maximum(first_row + 1 + shift, 0))  # what the first row sees
+        end = tl.minimum(kv_len, tl.maximum(first_row + BLOCK_M + shift, 0))  # what the last row sees
+    ragged = ragged // BLOCK_N * BLOCK_N
     if WINDOWED:
-        begin = tl.maximum(first_row + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-        full = tl.cdiv(tl.maximum(first_row + BLOCK_M + shift - window, 0), BLOCK_N) * BLOCK_N
-        full = tl.minimum(full, end)
-        ragged = tl.maximum(ragged, full)
-    return begin, full, ragged, end
+        begin = tl.maximum(first_row + 1 + shift - window, 0) // BLOCK_N * BLOCK_N
+        ragged = begin
+    return begin, ragged, end
 
 
 @triton.jit
@@ -157,16 +154,12 @@ def flash_attention_kernel(
     m = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, full, ragged, end = key_range(first_row, kv_len, shift, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED)
-    if WINDOWED:
+    begin, ragged, end = key_range(first_row, kv_len, shift, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED)
+    if not WINDOWED:
         m, l, acc = attend(
-            q, k_base, v_base, m, l, acc, rows, begin, full, k_stride_n, v_stride_n, kv_len, shift, window,
-            scale, cap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, True, PRECISION,
+            q, k_base, v_base, m, l, acc, rows, begin, ragged, k_stride_n, v_stride_n, kv_len, shift, window,
+            scale, cap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, False, PRECISION,
         )  # fmt: skip
-    m, l, acc = attend(
-        q, k_base, v_base, m, l, acc, rows, full, ragged, k_stride_n, v_stride_n, kv_len, shift, window,
-        scale, cap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, False, PRECISION,
-    )  # fmt: skip
     m, l, acc = attend(
         q, k_base, v_base, m, l, acc, rows, ragged, end, k_stride_n, v_stride_n, kv_len, shift, window,
         scale, cap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, True, PRECISION,
@@ -208,15 +201,36 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+# (bytes per element, padded head_dim) -> tile. Large tiles do more arithmetic per byte loaded, until the accumulator
+# (block_m x head_dim in fp32) and the scores no longer fit the registers. Every entry compiles without a spill.
+_FP32 = {
+    (4, 32): Tile(64, 32, 4, 2),
+    (4, 64): Tile(64, 32, 8, 2),
+    (4, 128): Tile(32, 32, 8, 2),
+    (4, 256): Tile(16, 16, 8, 2),
+}
+_AMPERE = {  # 99 KB of shared memory on sm_86, 89 and 120
+    (2, 32): Tile(128, 64, 8, 3),
+    (2, 64): Tile(128, 64, 8, 3),
+    (2, 128): Tile(128, 64, 8, 3),
+    (2, 256): Tile(64, 32, 8, 2),
+}
+_HOPPER = _AMPERE | {(2, 256): Tile(128, 64, 8, 2)}  # 227 KB
+_TURING = {  # no tensor cores from Triton: products run on the ordinary cores, and small tiles are all that fits
+    (2, 32): Tile(32, 32, 4, 1),
+    (2, 64): Tile(32, 32, 8, 1),
+    (2, 128): Tile(32, 32, 8, 1),
+    (2, 256): Tile(16, 16, 8, 1),
+}
+# Compute capability and later -> tiles.
+TILES = {75: _TURING | _FP32, 80: _AMPERE | _FP32, 90: _HOPPER | _FP32, 120: _AMPERE | _FP32}
+INTERPRETER_TILE = Tile(64, 64, 4, 2)
+
+
 def tile_for(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile for a compute capability (90 is Hopper), from `TILES`."""
-    family = max((a for a in TILES if a <= arch), default=75)
+    family = max((known for known in TILES if known <= arch), default=75)
     return TILES[family][dtype.itemsize, max(32, block_d(head_dim))]
-
-
-# Compute capability -> (bytes per element, padded head_dim) -> tile. Every entry compiles without a spill.
-TILES: dict[int, dict[tuple[int, int], Tile]] = {}
-INTERPRETER_TILE = Tile(64, 64, 4, 2)
 
 
 # ---- the launch -------------------------------------------------------------------------------------------------
