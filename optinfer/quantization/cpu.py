@@ -45,9 +45,19 @@ def layout_for(q: QuantizedTensor) -> tuple[CpuLayout, Tensor] | None:
         return _interleaved(q)
     if q.scheme == "int4" and rows % 16 == 0 and columns % q.block_size == 0 and q.block_size in (32, 64, 128, 256):
         return _int4_packed(q)
-    if q.scheme == "int8" and q.symmetric and q.block_size == columns and q.scale.shape[0] == rows:
-        return Int8Rows(q), q.packed
+    per_row = q.block_size == columns and q.scale.shape[0] == rows
+    if q.scheme == "int8" and q.symmetric and per_row and columns % 32 == 0:
+        return Int8Rows(q), aligned(q.packed)
     return None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, contiguous and at a multiple of 64 bytes: the operators' loads crash on anything else.
+
+    Tensors from a memory-mapped file and slices of others may start anywhere.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 # ------------------------------------------------------------------------------------------------ NF4, FP4

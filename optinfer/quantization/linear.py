@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.cpu import CpuLayout, layout_for
+from optinfer.quantization.cpu import CpuLayout, aligned, layout_for
 from optinfer.quantization.matmul import quantized_matmul
 from optinfer.quantization.schemes import Scheme
 from optinfer.quantization.tensor import QuantizedTensor
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
         layout = self._cpu_layout(x)
         if layout is None:
             return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
-        out = layout.matmul(x.reshape(-1, self.in_features), self.weight.data)
+        out = layout.matmul(aligned(x.reshape(-1, self.in_features)), self.weight.data)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

@@ -29,6 +29,7 @@ class Scheme:
         double_quant: nf4 and fp4 only: store the scales in 8 bits too.
         symmetric: int2 … int8 only: no zero points.
         threshold: llm_int8 only: features this large stay in 16 bits.
+        act_order: int2 … int8 only: columns carry their group's index (GPTQ's activation order).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Scheme:
     double_quant: bool = False
     symmetric: bool = True
     threshold: float = 6.0
+    act_order: bool = False
 
     @property
     def bits(self) -> int:
@@ -73,6 +75,8 @@ class Scheme:
         stored["scale"] = ((rows, groups), dtype)
         if not self.symmetric:
             stored["zero_point"] = ((rows, packed_width(groups, self.bits)), torch.uint8)
+        if self.act_order:
+            stored["group_index"] = ((columns,), torch.int32)
         return stored
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -105,7 +109,13 @@ class Scheme:
     def of(cls, q: QuantizedTensor) -> Scheme:
         """The scheme that a quantized tensor was made by."""
         per_row = not q.is_codebook and q.block_size == q.shape[1]
-        return cls(q.scheme, 0 if per_row else q.block_size, q.double_quant, q.symmetric)
+        return cls(
+            q.scheme,
+            0 if per_row else q.block_size,
+            q.double_quant,
+            q.symmetric,
+            act_order=q.group_index is not None,
+        )
 
 
 # Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does not.

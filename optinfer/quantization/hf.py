@@ -1,0 +1,200 @@
+"""The same schemes through transformers: quantize on load, save, load again.
+
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=OptinferConfig("nf4", double_quant=True))
+
+Importing this module registers the quantizer. A folder saved this way needs `import optinfer.quantization` before it
+is loaded again: transformers only warns about a method it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optinfer.quantization.checks import check_weight
+from optinfer.quantization.linear import QuantizedLinear, parameter_name
+from optinfer.quantization.model import linear_layers, replace_module
+from optinfer.quantization.schemes import Scheme, resolve_scheme
+
+__all__ = ["OptinferConfig", "OptinferQuantizer"]
+
+METHOD = "optinfer"
+
+
+@register_quantization_config(METHOD)
+class OptinferConfig(QuantizationConfigMixin):
+    """How to quantize a model on load; what `quantize` takes, as a configuration that travels with a checkpoint.
+
+    Args:
+        scheme, double_quant, block_size, symmetric, threshold: see `optinfer.quantization.quantize`.
+        modules_to_not_convert: names of further layers to leave alone.
+        act_order: columns carry a group index (checkpoints from GPTQ in activation order).
+
+    Raises:
+        ValueError: unknown scheme, or an option the scheme does not have.
+    """
+
+    def __init__(
+        self,
+        scheme: str = "nf4",
+        double_quant: bool = False,
+        block_size: int | str | None = None,
+        symmetric: bool = True,
+        threshold: float = 6.0,
+        modules_to_not_convert: list[str] | None = None,
+        act_order: bool = False,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
+        resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
+        self.quant_method = METHOD
+        self.scheme = resolved.name
+        self.block_size = resolved.block_size
+        self.double_quant = resolved.double_quant
+        self.symmetric = resolved.symmetric
+        self.threshold = resolved.threshold
+        self.act_order = act_order
+        self.modules_to_not_convert = modules_to_not_convert
+
+    @classmethod
+    def from_scheme(cls, scheme: Scheme, modules_to_not_convert: list[str] | None = None) -> OptinferConfig:
+        options = scheme.to_dict()
+        name = options.pop("name")
+        return cls(name, modules_to_not_convert=modules_to_not_convert, **options)
+
+    def resolve(self) -> Scheme:
+        """The scheme this configuration describes."""
+        return Scheme(self.scheme, self.block_size, self.double_quant, self.symmetric, self.threshold, self.act_order)
+
+
+class _UnquantizedLinear(QuantizedLinear):
+    """A quantized layer whose `weight` still waits for the checkpoint's floating-point tensor.
+
+    The placeholder has the model's dtype because transformers 5.15 to 5.22 cast a tensor from the checkpoint to the
+    dtype of the parameter it is for before they quantize it: a uint8 placeholder would destroy the weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, scheme, bias, dtype)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+
+
+class _Quantize(ConversionOps):
+    """Turns one floating-point weight of a checkpoint into a layer's stored tensors."""
+
+    def __init__(self, hf_quantizer: OptinferQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: PreTrainedModel | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = {}
+        for full_name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            check_weight(weight, full_name)
+            prefix = full_name.removesuffix("weight")
+            for name, tensor in self.hf_quantizer.scheme.quantize(weight).tensors().items():
+                key = prefix + parameter_name(name)
+                converted[key] = nn.Parameter(tensor, requires_grad=False)
+                if missing_keys is not None:
+                    missing_keys.discard(key)
+        return converted
+
+
+@register_quantizer(METHOD)
+class OptinferQuantizer(HfQuantizer):
+    """transformers' side of it: swaps the layers in before the weights come."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: OptinferConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.scheme = quantization_config.resolve()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    raise ValueError("the model is quantized already")
+        skip = self.quantization_config.modules_to_not_convert or ()
+        layers = linear_layers(model, skip)
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
+        kind = QuantizedLinear if self.pre_quantized else _UnquantizedLinear
+        for linear in layers.values():
+            with torch.device("meta"):
+                new = kind(
+                    linear.in_features,
+                    linear.out_features,
+                    self.scheme,
+                    linear.bias is not None,
+                    linear.weight.dtype,
+                )
+            replace_module(model, linear, new)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return name == "weight" and isinstance(module, _UnquantizedLinear)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            return self.scheme.bits / 8
+        return param.element_size()
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Check what came: transformers only warns about tensors that are missing or do not fit."""
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                _check_loaded(name, module)
+                module.__class__ = QuantizedLinear
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for module in list(model.modules()):
+            if isinstance(module, QuantizedLinear):
+                linear = module.dequantize()
+                replace_module(model, module, linear if dtype is None else linear.to(dtype))
+        return model
+
+
+def _check_loaded(name: str, layer: QuantizedLinear) -> None:
+    """Raise ValueError if a layer's tensors are not what its scheme stores."""
+    if layer.weight.is_floating_point():
+        raise ValueError(f"{name}.weight is missing from the checkpoint")
+    stored = layer.scheme.stored((layer.out_features, layer.in_features), layer.dtype)
+    for tensor, (shape, dtype) in stored.items():
+        key = f"{name}.{parameter_name(tensor)}"
+        value = layer._parameters[parameter_name(tensor)]
+        if value is None or value.is_meta or not getattr(value, "_is_hf_initialized", True):
+            raise ValueError(f"{key} is missing from the checkpoint")
+        if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+            raise ValueError(
+                f"{key} is {value.dtype} {tuple(value.shape)} in the checkpoint; {layer.scheme.name} stores "
+                f"{dtype} {tuple(shape)}"
+            )
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{key} has NaN or Inf values: the checkpoint is damaged")
