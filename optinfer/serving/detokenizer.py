@@ -1,0 +1,64 @@
+"""Text from tokens as they come: never half a character, never a piece of a stop string."""
+
+from typing import Any
+
+
+class Detokenizer:
+    """Incremental decoding of one continuation.
+
+    A token may end inside a UTF-8 character; its text is held back until the character is whole. So is any tail
+    that may turn out to be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.text = ""
+        self._ids: list[int] = []
+        self._shown = self._read = 0  # ids[_shown:_read] are decoded already and give the next ones their context
+        self._emitted = 0
+
+    def push(self, token: int) -> bool:
+        """Add a token; True when a stop string is complete, which then ends `text` (and is not part of it)."""
+        self._ids.append(token)
+        return self._decode(final=False)
+
+    def _decode(self, final: bool) -> bool:
+        before = self._to_text(self._ids[self._shown : self._read])
+        after = self._to_text(self._ids[self._shown :])
+        if after.endswith("\ufffd") and not final:
+            return False
+        start = len(self.text)
+        self.text += after[len(before) :]
+        self._shown, self._read = self._read, len(self._ids)
+        return self._cut(start)
+
+    def _cut(self, start: int) -> bool:
+        found = [self.text.find(s, max(0, start - len(s) + 1)) for s in self.stop]
+        places = [place for place in found if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+        return bool(places)
+
+    def finish(self) -> str:
+        """The whole text; a broken character at the end becomes U+FFFD."""
+        if self._read < len(self._ids):
+            self._decode(final=True)
+        return self.text
+
+    def take(self, final: bool = False) -> str:
+        """What is new and safe to show."""
+        end = len(self.text) if final else len(self.text) - self._doubtful()
+        piece = self.text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
+        return piece
+
+    def _doubtful(self) -> int:
+        """Length of the longest tail that begins a stop string."""
+        longest = max(map(len, self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
+
+    def _to_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
