@@ -1,0 +1,210 @@
+"""Attention over a paged KV cache, for decoding and for prompts in chunks.
+
+In decoding, one query per sequence reads that sequence's whole cache: all memory traffic, hardly any
+arithmetic. So the kernel is organized around reading every key and value exactly once, by enough programs to
+keep the whole GPU busy even for one sequence:
+
+- the query heads that share a KV head (grouped-query attention) are rows of *one* tile, so a key is read once
+  for all of them;
+- a long context is cut into splits, one program each (Flash-Decoding); a second kernel adds the parts up;
+- every token looks its page up by itself, so the page size and the tile size are free of each other;
+- int8 keys and values go into the product as they are. Their scale is per token, hence a factor of a whole
+  column of scores: applied to the scores, and to the probabilities, never to a tile of keys or values.
+
+A chunk of a prompt is the same with more rows: row r is query r // group, head r % group.
+
+Sources: PagedAttention (Kwon et al. 2023), Flash-Decoding (Dao et al. 2023), and the online softmax of
+`flash_attention`, which this file imports.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from optinfer_kernels import require_triton
+from optinfer_kernels.paged_arguments import PagedArguments, check_paged_attention
+
+triton = require_triton()
+
+import triton.language as tl  # noqa: E402
+
+from optinfer_kernels.flash_attention import LOG2E, block_d, online_softmax_step  # noqa: E402
+from optinfer_kernels.interpreter import launch, will_interpret  # noqa: E402
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, length_ptr, out_ptr, part_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
+    page_stride, slot_stride, head_stride, table_stride, q_len, splits, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits * row blocks, KV heads, batch). `scale` includes log2(e).
+
+    Without SPLIT, writes `out`. With it, writes each split's own softmax average to `part` and its log2-sum-exp
+    to `lse`, both laid out [batch, kv_heads, splits, rows].
+    """
+    split = tl.program_id(0) % splits
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    length = tl.load(length_ptr + batch)
+
+    # Rows of the tile: (query, head of the group) pairs, all reading this KV head.
+    rows = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < q_len * GROUP) & (dims[None, :] < HEAD_DIM)
+    q_pointers = q_ptr + batch * q_stride_b + head[:, None] * q_stride_h + query[:, None] * q_stride_n
+    q = tl.load(q_pointers + dims[None, :], mask=inside, other=0.0)
+
+    # This program's share of the context, in whole tiles. Past the last query's position there is nothing to see.
+    per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    begin = split * per_split
+    end = tl.minimum(length, begin + per_split)
+    last_seen = query + length - q_len  # the last query stands at the end of the context
+
+    m = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        exists = token < end
+        page = tl.load(table_ptr + batch * table_stride + token // PAGE, mask=exists, other=0).to(tl.int64)
+        row = page * page_stride + token % PAGE * slot_stride + kv_head * head_stride
+        tile = exists[:, None] & (dims[None, :] < HEAD_DIM)
+        k = tl.load(k_ptr + row[:, None] + dims[None, :], mask=tile, other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        if INT8:
+            scale_row = (page * PAGE + token % PAGE) * tl.num_programs(1) + kv_head
+            scores = scores * tl.load(k_scale_ptr + scale_row, mask=exists, other=0.0)[None, :]
+        visible = exists[None, :] & (token[None, :] <= last_seen[:, None])
+        scores = tl.where(visible, scores, -float("inf"))
+        p, m, l, acc = online_softmax_step(scores, m, l, acc, scale)
+        if INT8:
+            p = p * tl.load(v_scale_ptr + scale_row, mask=exists, other=0.0)[None, :]
+        v = tl.load(v_ptr + row[:, None] + dims[None, :], mask=tile, other=0.0)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+
+    average = acc / tl.where(l > 0, l, 1.0)[:, None]
+    if SPLIT:
+        base = ((batch * tl.num_programs(1) + kv_head) * splits + split) * q_len * GROUP + rows
+        tl.store(part_ptr + base[:, None] * HEAD_DIM + dims[None, :], average, mask=inside)
+        lse = tl.where(l > 0, m + tl.math.log2(tl.where(l > 0, l, 1.0)), -float("inf"))
+        tl.store(lse_ptr + base, lse, mask=rows < q_len * GROUP)
+    else:
+        out_pointers = out_ptr + batch * out_stride_b + head[:, None] * out_stride_h + query[:, None] * out_stride_n
+        tl.store(out_pointers + dims[None, :], average.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_splits_kernel(
+    part_ptr, lse_ptr, out_ptr, out_stride_b, out_stride_h, out_stride_n, q_len, splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Average the splits of one row, each weighted with its share 2^lse of the softmax. Grid (rows, KV heads, batch)."""
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    dims = tl.arange(0, BLOCK_D)
+    base = ((batch * tl.num_programs(1) + kv_head) * splits + split) * q_len * GROUP + row
+    lse = tl.load(lse_ptr + base, mask=split < splits, other=-float("inf"))
+    weight = tl.math.exp2(lse - tl.maximum(tl.max(lse, 0), -1.0e30))  # a split that saw nothing weighs 0
+    tile = (split[:, None] < splits) & (dims[None, :] < HEAD_DIM)
+    part = tl.load(part_ptr + base[:, None] * HEAD_DIM + dims[None, :], mask=tile, other=0.0)
+    total = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    pointers = out_ptr + batch * out_stride_b + (kv_head * GROUP + row % GROUP) * out_stride_h
+    pointers += row // GROUP * out_stride_n + dims
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of the problem one program holds, and with how many warps and tiles in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:
+    """Decoding has few rows and wants many loads in flight; a prompt chunk has many rows and wants large products."""
+    wide = block_d(head_dim) > 128 or dtype == torch.float32
+    block_m = 16 if rows <= 16 else 32 if wide or arch < 80 else 64
+    if arch < 80:  # no asynchronous copies and 64 KB of shared memory
+        return Tile(block_m, 32, 4, 1)
+    return Tile(block_m, 32 if wide else 64, 4, 2 if wide else 3)
+
+
+def choose_splits(a: PagedArguments, tile: Tile, max_len: int, processors: int) -> int:
+    """Enough programs for two per processor, but at least two tiles of keys for each; a power of two.
+
+    Depends on shapes only, never on `context_lens`: no wait for the GPU, and the same launch in a CUDA graph.
+    """
+    programs = a.batch * a.kv_heads * triton.cdiv(a.q_len * a.group, tile.block_m)
+    most = min(triton.cdiv(max_len, 2 * tile.block_n), 2 * processors // programs)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float | None = None,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    splits: int | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Attention of q [B, H, D], or of the last q_len tokens q [B, H, q_len, D], over pages; returns q's shape.
+
+    k_cache, v_cache [num_blocks, block_size, Hkv, D] in q's dtype (fp16, bf16, fp32), or int8 with float32
+    k_scale, v_scale [num_blocks, block_size, Hkv]. block_tables [B, max_blocks] and context_lens [B] (tokens of
+    each sequence, the queries included) are int32 or int64. Query i sees keys up to its own position.
+    """
+    a = check_paged_attention(q, k_cache, v_cache, block_tables, context_lens, scale, k_scale, v_scale)
+    k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+    queries = q.reshape(a.batch, a.heads, a.q_len, a.head_dim).contiguous()
+    out = torch.empty_like(queries)
+    rows = a.q_len * a.group
+    arch, processors = _device(q.device)
+    tile = tile or tile_for(arch, q.dtype, a.head_dim, rows)
+    splits = splits or choose_splits(a, tile, block_tables.shape[1] * a.block_size, processors)
+    part = lse = out
+    if splits > 1:
+        part = torch.empty((a.batch, a.kv_heads, splits, rows, a.head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((a.batch, a.kv_heads, splits, rows), dtype=torch.float32, device=q.device)
+    launch(
+        paged_attention_kernel,
+        (splits * triton.cdiv(rows, tile.block_m), a.kv_heads, a.batch),
+        queries, k_cache, v_cache,
+        k_scale.contiguous() if a.int8 else lse, v_scale.contiguous() if a.int8 else lse,
+        block_tables.contiguous(), context_lens.contiguous(), out, part, lse,
+        *queries.stride()[:3], *out.stride()[:3], *k_cache.stride()[:3], block_tables.shape[1],
+        a.q_len, splits, a.scale * LOG2E,
+        GROUP=a.group, HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), PAGE=a.block_size,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, INT8=a.int8, SPLIT=splits > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            add_splits_kernel, (rows, a.kv_heads, a.batch), part, lse, out, *out.stride()[:3], a.q_len, splits,
+            GROUP=a.group, HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), BLOCK_S=triton.next_power_of_2(splits),
+        )  # fmt: skip
+    return out.view(q.shape)
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """(compute capability times ten, number of processors); a small imaginary GPU for the interpreter."""
+    if will_interpret(device):
+        return 80, 8
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count

@@ -1,0 +1,192 @@
+"""Attention over pages: torch and interpreted Triton against float64, and the kernels compiled for every GPU."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optinfer.kv_cache import paged_attention, paged_attention_reference
+from optinfer.kv_cache.paged_cache import quantize_kv
+
+TORCH_BACKENDS = ["reference", "sdpa"]
+
+
+def problem(lens, heads=4, kv_heads=2, head_dim=32, block_size=16, q_len=1, dtype=torch.float32, int8=False, seed=0):
+    """Random caches with sequences scattered over a pool in which everything else is nan (or 127)."""
+    g = torch.Generator().manual_seed(seed)
+    max_blocks = max(-(-n // block_size) for n in lens) + 1
+    num_blocks = max_blocks * len(lens) + 3
+    tables = torch.randperm(num_blocks, generator=g)[: max_blocks * len(lens)].view(len(lens), max_blocks)
+    shape = (num_blocks, block_size, kv_heads, head_dim)
+    caches, scales = [], []
+    for _ in range(2):
+        full = torch.randn(shape, generator=g).to(dtype)
+        used = torch.zeros(shape[:2], dtype=torch.bool)
+        for i, n in enumerate(lens):
+            token = torch.arange(n)
+            used[tables[i, token // block_size], token % block_size] = True
+        if int8:
+            full, scale = quantize_kv(full)
+            full[~used], scale[~used] = 127, torch.nan
+            scales.append(scale)
+        else:
+            full[~used] = torch.nan
+        caches.append(full)
+    for i, n in enumerate(lens):  # entries behind the last block are never looked at
+        tables[i, -(-n // block_size) :] = 10**6
+    q = torch.randn((len(lens), heads, q_len, head_dim), generator=g).to(dtype)
+    kwargs = dict(zip(("k_scale", "v_scale"), scales))
+    return (q.squeeze(2) if q_len == 1 else q, *caches, tables.int(), torch.tensor(lens).int()), kwargs
+
+
+def assert_close_to_exact(out, arguments, kwargs):
+    """At most twice the error that plain torch makes in the same dtype, plus a rounding of the output."""
+    exact = paged_attention_reference(*arguments, **kwargs, dtype=torch.float64)
+    dtype = arguments[0].dtype
+    assert out.dtype == dtype and out.shape == arguments[0].shape
+    tolerance = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error <= tolerance, f"error {error:.2e}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lens=st.lists(st.integers(3, 90), min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (9, 3), (8, 1)]),
+    head_dim=st.sampled_from([8, 24, 64]),
+    block_size=st.sampled_from([1, 5, 16, 32]),
+    q_len=st.integers(1, 3),
+    int8=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_torch_backends_on_random_shapes(lens, heads, head_dim, block_size, q_len, int8, seed):
+    arguments, kwargs = problem(lens, *heads, head_dim, block_size, q_len, int8=int8, seed=seed)
+    for backend in TORCH_BACKENDS:
+        assert_close_to_exact(paged_attention(*arguments, backend=backend, **kwargs), arguments, kwargs)
+
+
+def test_pages_equal_ordinary_attention():
+    (q, k, v, tables, lens), _ = problem([50], heads=4, kv_heads=2)
+    token = torch.arange(50)
+    flat = [x[tables[0, token // 16].long(), token % 16].transpose(0, 1)[None] for x in (k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *flat, enable_gqa=True)
+    assert torch.allclose(paged_attention(q, k, v, tables, lens), expected[:, :, 0], atol=1e-6)
+
+
+TRITON_CASES = {
+    "decode, ragged": {"lens": [1, 70, 200]},
+    "decode, no groups": {"lens": [33], "heads": 2, "kv_heads": 2},
+    "decode, 9 heads on 3": {"lens": [40, 100], "heads": 9, "kv_heads": 3, "head_dim": 64},
+    "decode, pages of 5": {"lens": [64, 65], "block_size": 5},
+    "decode, pages larger than tiles": {"lens": [150], "block_size": 128},
+    "decode, odd head_dim": {"lens": [20], "head_dim": 40},
+    "chunk": {"lens": [30, 90], "q_len": 21},
+    "whole prompt": {"lens": [37], "q_len": 37, "heads": 2, "kv_heads": 1},
+    "verify drafts": {"lens": [6, 140], "q_len": 6},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("case", TRITON_CASES)
+def test_the_kernel_interpreted(case, dtype):
+    int8 = dtype == torch.int8
+    options = {"dtype": torch.float16 if int8 else dtype, "int8": int8, **TRITON_CASES[case]}
+    arguments, kwargs = problem(**options)
+    assert_close_to_exact(paged_attention(*arguments, backend="triton", **kwargs), arguments, kwargs)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 16])
+def test_the_number_of_splits_does_not_matter(splits):
+    from optinfer_kernels.paged_attention import paged_attention as kernel
+
+    arguments, _ = problem([1, 65, 130], q_len=1)  # 16 splits leave most of them empty
+    assert_close_to_exact(kernel(*arguments, splits=splits), arguments, {})
+    arguments, _ = problem([65, 130], q_len=9)
+    assert_close_to_exact(kernel(*arguments, splits=splits), arguments, {})
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_results_do_not_depend_on_where_the_pages_are_or_who_else_is_there(backend):
+    (q, k, v, tables, lens), _ = problem([60, 17, 90])
+    out = paged_attention(q, k, v, tables, lens, backend=backend)
+    order = torch.randperm(k.shape[0])
+    moved = torch.argsort(order)[tables.clamp(max=k.shape[0] - 1).long()]
+    assert torch.allclose(paged_attention(q, k[order], v[order], moved, lens, backend=backend), out, atol=1e-6)
+    alone = paged_attention(q[1:2], k, v, tables[1:2], lens[1:2], backend=backend)
+    assert torch.allclose(alone, out[1:2], atol=1e-6)
+
+
+def test_extreme_scores_stay_finite():
+    for factor in (1e4, -1e4):
+        (q, k, v, tables, lens), _ = problem([70, 9])
+        out = paged_attention(q * factor, k, v, tables, lens, backend="triton")
+        assert out.isfinite().all() and out.abs().max() <= v.nan_to_num().abs().max() + 1e-5
+
+
+def test_a_wrong_page_would_be_noticed():
+    (q, k, v, tables, lens), _ = problem([60, 40])
+    wrong = tables.clone()
+    wrong[0, :2] = tables[0, :2].flip(0)  # the same keys in another order: attention does not care ...
+    out = paged_attention(q, k, v, wrong, lens, backend="triton")
+    assert_close_to_exact(out, (q, k, v, tables, lens), {})
+    wrong[0, 0] = tables[1, 0]  # ... but it does care whose they are
+    with pytest.raises(AssertionError):
+        assert_close_to_exact(paged_attention(q, k, v, wrong, lens, backend="triton"), (q, k, v, tables, lens), {})
+
+
+def test_bad_arguments_are_refused():
+    (q, k, v, tables, lens), _ = problem([20, 40])
+    (qi, ki, vi, _, _), scales = problem([20, 40], int8=True)
+    long = torch.tensor([20, 1000])
+    for call, error, message in [
+        (lambda: paged_attention(q, k, v, tables, lens, backend="magic"), ValueError, "backend must be one of"),
+        (lambda: paged_attention([1], k, v, tables, lens, backend="sdpa"), TypeError, "q must be a torch.Tensor"),
+        (lambda: paged_attention(q[0], k, v, tables, lens), ValueError, "q must be"),
+        (lambda: paged_attention(q.double(), k, v, tables, lens), TypeError, "float64"),
+        (lambda: paged_attention(q, k.half(), v, tables, lens), TypeError, "k_cache has dtype"),
+        (lambda: paged_attention(q, k, v[:, :3], tables, lens), ValueError, "k_cache and v_cache"),
+        (lambda: paged_attention(q[:, :3], k, v, tables, lens), ValueError, "multiple of KV heads"),
+        (lambda: paged_attention(qi, ki, vi, tables, lens), ValueError, "k_scale is required"),
+        (lambda: paged_attention(q, k, v, tables, lens, **scales), ValueError, "only for int8"),
+        (lambda: paged_attention(q, k, v, tables.float(), lens), TypeError, "block_tables must be int32"),
+        (lambda: paged_attention(q, k, v, tables[:1], lens), ValueError, "block_tables must be"),
+        (lambda: paged_attention(q, k, v, tables, lens * 0), ValueError, "context_lens must be 1"),
+        (lambda: paged_attention(q, k, v, tables, long), ValueError, "context_lens must be 1"),
+        (lambda: paged_attention(q, k, v, tables * 0 - 1, lens), ValueError, "outside 0 to"),
+        (lambda: paged_attention(q, k, v, tables, lens, scale=0), ValueError, "scale must be"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+# ---------------------------------------------------------------- compiled for GPUs that are not here
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk"])
+def test_kernels_compile_without_a_spill(arch, kind):
+    from optinfer_kernels.compile import SHARED_MEMORY, compile_for
+    from optinfer_kernels.paged_attention import add_splits_kernel, paged_attention_kernel, tile_for
+
+    int8, rows = "int8" in kind, 4 if "decode" in kind else 512
+    tile = tile_for(arch, torch.float16, 128, rows)
+    cache = "*i8" if int8 else "*fp16"
+    pointers = {"q_ptr": "*fp16", "k_ptr": cache, "v_ptr": cache, "out_ptr": "*fp16", "table_ptr": "*i32"}
+    pointers |= {"length_ptr": "*i32"}
+    pointers |= dict.fromkeys(["k_scale_ptr", "v_scale_ptr", "part_ptr", "lse_ptr"], "*fp32")
+    strides = [n for n in paged_attention_kernel.arg_names if "stride" in n]
+    signature = pointers | dict.fromkeys(strides, "i32") | {"q_len": "i32", "splits": "i32", "scale": "fp32"}
+    constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE": 16, "BLOCK_M": tile.block_m}
+    constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": rows == 4, "PRECISION": "tf32"}
+    aligned = tuple(n for n in strides if n != "table_stride")
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    compiled = compile_for(arch, paged_attention_kernel, signature, constants, aligned=aligned, **options)
+    assert compiled.spill_bytes == 0
+    assert compiled.shared_bytes <= SHARED_MEMORY[arch]
+    if arch >= 80:
+        assert any(compiled.count(i) for i in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
+    if rows == 4:
+        signature = {n: pointers.get(n, "i32") for n in add_splits_kernel.arg_names if n.islower()}
+        constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_S": 16}
+        assert compile_for(arch, add_splits_kernel, signature, constants).spill_bytes == 0
