@@ -1,0 +1,196 @@
+"""Draft, verify, accept: speculative decoding as a decoding method of ``model.generate``.
+
+model.generate(**inputs, custom_generate=optinfer.speculative_decoding, draft="prompt_lookup", num_draft_tokens=5)
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optinfer.speculative.draft_length import AdaptiveLength, FixedLength
+from optinfer.speculative.drafters import ChainDraft, Draft, ModelDraft, PromptLookupDraft, Proposal, QuantizedDraft
+from optinfer.speculative.rollback import cached_tokens, check_can_truncate, truncate
+from optinfer.speculative.sampler import Sampler
+from optinfer.speculative.statistics import Round, SpeculativeOutput, Statistics
+
+_NAMED = "'prompt_lookup', 'head', 'lookup_then_head', 'int8', 'nf4'"
+
+
+def speculative_decoding(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    draft: "str | Draft | Any | Sequence[Draft]" = "prompt_lookup",
+    num_draft_tokens: int = 5,
+    adaptive: bool = True,
+    streamer: Any = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> Tensor | SpeculativeOutput:
+    """Generate as ``model.generate`` would, several tokens per pass of the model; the output's law is the same.
+
+    Args:
+        draft: a drafter, a smaller model, a list of drafters to ask in turn, or a name: ``"prompt_lookup"``, ``"head"``,
+            ``"lookup_then_head"``, ``"int8"``, ``"nf4"``.
+        num_draft_tokens: how many tokens are drafted per pass, at most.
+        adaptive: draft fewer, or none, where measured times and acceptance say so.
+        generator: random numbers of the sampling; torch's global ones when None.
+
+    Returns:
+        Token ids [1, length]; with ``return_dict_in_generate=True`` a `SpeculativeOutput` whose ``statistics`` say how
+        many tokens were accepted at each position and where the time went.
+
+    Raises:
+        ValueError: a mode that cannot be combined (beams, several texts, no cache), or a draft that does not fit.
+    """
+    cache = model_kwargs.get("past_key_values")
+    _check_mode(model, input_ids, generation_config, cache, num_draft_tokens)
+    draft = _as_draft(draft, model)
+    for member in draft.members:
+        member.bind(model)
+    sampler = Sampler(logits_processor, not generation_config.do_sample, generator)
+    length = (AdaptiveLength if adaptive else FixedLength)(num_draft_tokens)
+    longest = min(generation_config.max_length, _context_length(model))
+    statistics, finished = Statistics(), False
+
+    while not finished:
+        room = longest - input_ids.shape[1] - 1  # the target adds one token to every draft
+        with _timed() as drafting:
+            member, proposal = _propose(draft, input_ids, length, room, sampler)
+        with _timed() as verifying:
+            already = cached_tokens(cache)
+            text = torch.cat([input_ids, proposal.tokens[None]], dim=1)
+            logits, hidden = _target_pass(model, text, cache, len(proposal) + 1, draft.needs_hidden, model_kwargs)
+            emitted = sampler.accept(text, proposal.tokens, proposal.probs, logits)
+            accepted = len(emitted) - 1
+        with _timed() as rest:
+            input_ids, emitted, finished = _append(input_ids, emitted, stopping_criteria, streamer)
+            truncate(cache, input_ids.shape[1] - 1)  # all but the newest token, which nobody has run yet
+            if hidden is not None:
+                draft_sees = hidden[:, : input_ids.shape[1] - 1 - already]
+                for other in draft.members:
+                    other.observe(draft_sees)
+            if statistics.rounds:
+                length.record(member, len(proposal), accepted, drafting[0], verifying[0])
+        _account(statistics, drafting, verifying, rest)
+        statistics.rounds.append(Round(member, proposal.tokens.tolist(), accepted, emitted.tolist()))
+
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return SpeculativeOutput(sequences=input_ids, statistics=statistics)
+    return input_ids
+
+
+def _propose(draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler) -> tuple[str, Proposal]:
+    """The first member of the chain that has something to say, and what it says."""
+    for member in draft.members:
+        name = type(member).__name__
+        most = min(length.choose(name), room, member.max_tokens or room)
+        if most > 0 and len(proposal := member.propose(input_ids, most, sampler)):
+            return name, proposal
+    return "", Proposal(input_ids.new_empty(0))
+
+
+def _target_pass(
+    model: Any, text: Tensor, cache: Any, positions: int, needs_hidden: bool, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Run what the cache does not hold; logits of the last ``positions`` tokens [positions, vocab], hidden states."""
+    cached, inputs = cached_tokens(cache), {}
+    if (mask := model_kwargs.get("attention_mask")) is not None:  # the prompt was padded
+        mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, cached:]}
+    outputs = model(
+        text[:, cached:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=positions,
+        output_hidden_states=needs_hidden,
+        **inputs,
+    )
+    return outputs.logits[0], outputs.hidden_states[-1] if needs_hidden else None
+
+
+def _append(input_ids: Tensor, emitted: Tensor, stopping_criteria: Any, streamer: Any) -> tuple[Tensor, Tensor, bool]:
+    """Add the tokens one by one, as plain decoding would: any of them may be the last."""
+    for count, token in enumerate(emitted, start=1):
+        input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
+        if streamer is not None:
+            streamer.put(token.view(1).cpu())
+        if stopping_criteria is not None and bool(stopping_criteria(input_ids, None).all()):
+            return input_ids, emitted[:count], True
+    return input_ids, emitted, False
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    """A list that holds the seconds the block took, once it is over."""
+    seconds, start = [0.0], time.perf_counter()
+    yield seconds
+    seconds[0] = time.perf_counter() - start
+
+
+def _account(statistics: Statistics, drafting: list[float], verifying: list[float], rest: list[float]) -> None:
+    statistics.seconds["draft"] += drafting[0]
+    statistics.seconds["verify" if statistics.rounds else "prefill"] += verifying[0]
+    statistics.seconds["overhead"] += rest[0]
+
+
+def _as_draft(draft: Any, model: Any) -> Draft:
+    if isinstance(draft, Draft):
+        return draft
+    if isinstance(draft, (list, tuple)):
+        return ChainDraft([_as_draft(member, model) for member in draft])
+    if isinstance(draft, torch.nn.Module):
+        return ModelDraft(draft)
+    if draft == "prompt_lookup":
+        return PromptLookupDraft()
+    if draft in ("int8", "nf4"):
+        return QuantizedDraft(draft)
+    if draft in ("head", "lookup_then_head"):
+        from optinfer.speculative.draft_head import HeadDraft
+
+        head = HeadDraft.shipped()
+        return head if draft == "head" else ChainDraft([PromptLookupDraft(), head])
+    raise ValueError(f"draft must be a drafter, a model, a list of them, or one of {_NAMED}; got {draft!r}")
+
+
+def _check_mode(model: Any, input_ids: Tensor, config: Any, cache: Any, num_draft_tokens: int) -> None:
+    if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
+        raise ValueError(
+            f"num_draft_tokens counts tokens: 1, 2, …, got {num_draft_tokens!r}; to decode plainly leave custom_generate out"
+        )
+    if num_draft_tokens >= _context_length(model):
+        raise ValueError(
+            f"num_draft_tokens={num_draft_tokens} is more than the model's context of {_context_length(model)} tokens holds; "
+            f"drafts of 2 to 16 tokens pay"
+        )
+    if config.num_beams > 1 or config.get_generation_mode().name not in ("GREEDY_SEARCH", "SAMPLE"):
+        raise ValueError(
+            f"speculative decoding is greedy or samples; it cannot be combined with {config.get_generation_mode().value!r}. "
+            f"Drop custom_generate for that mode, or the option that asks for it (num_beams, prompt_lookup_num_tokens, …)"
+        )
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"speculative decoding works on one text at a time, got {input_ids.shape[0]} (several prompts, or "
+            f"num_return_sequences); call generate once per text, or use optinfer.Engine for many"
+        )
+    if cache is None:
+        raise ValueError("speculative decoding keeps a key-value cache; leave out use_cache=False")
+    if model.config.is_encoder_decoder:
+        raise ValueError("speculative decoding is for decoder-only models; this one has an encoder")
+    if config.output_scores or config.output_logits or config.output_attentions:
+        raise ValueError(
+            "output_scores, output_logits and output_attentions are not kept while decoding speculatively; use plain generate"
+        )
+    check_can_truncate(cache)
+
+
+def _context_length(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
