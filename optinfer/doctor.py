@@ -9,6 +9,7 @@ import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from optinfer.course.card import Table
 
@@ -112,7 +113,8 @@ def default_model() -> list[Finding]:
 
     folder = models.cache_directory() / models.DEFAULT_MODEL
     if models.is_intact(folder):
-        return [Finding("default model", f"{models.DEFAULT_MODEL} in {folder}")]
+        shown = str(folder).replace(str(Path.home()), "~", 1)
+        return [Finding("default model", f"{models.DEFAULT_MODEL} in {shown}")]
     return [Finding("default model", "not fetched yet", "it is fetched on first use (98 MB): optinfer.load_model()")]
 
 

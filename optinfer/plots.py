@@ -77,21 +77,21 @@ def roofline(machine: "Machine", points: list[dict[str, Any]], recorded: "Machin
     import numpy as np
 
     fig, ax = figure(height=4.2)
-    intensity = np.logspace(-1, 4, 200)
+    rightmost = max([m.ridge for m in (machine, recorded) if m] + [p["flops"] / p["bytes"] for p in points]) * 8
+    intensity = np.geomspace(0.25, rightmost, 200)
     for m, dashes, color in ((machine, "-", COLORS["black"]), (recorded, "--", COLORS["gray"])):
         if m is None:
             continue
         roof = np.minimum(m.matmul_flops, m.bandwidth * intensity) / 1e9
         ax.plot(intensity, roof, dashes, color=color, label=f"the roof of {m.name}")
         ax.axvline(m.ridge, color=color, linewidth=0.8, linestyle=":")
+        slope = {"ha": "right", "va": "bottom", "color": color, "fontsize": 9}
         ax.annotate(
-            f"{m.bandwidth / 1e9:.0f} GB/s",
-            (0.15, m.bandwidth * 0.15 / 1e9 * 1.4),
-            color=color,
-            fontsize=9,
-            rotation=0,
+            f"{m.bandwidth / 1e9:,.0f} GB/s ",
+            ((0.25 * m.ridge) ** 0.5, m.bandwidth * (0.25 * m.ridge) ** 0.5 / 1e9),
+            **slope,
         )
-        ax.annotate(f"{m.matmul_flops / 1e9:.0f} GFLOP/s", (2e3, m.matmul_flops / 1e9 * 1.15), color=color, fontsize=9)
+        ax.annotate(f"{m.matmul_flops / 1e9:,.0f} GFLOP/s", (rightmost, m.matmul_flops / 1e9 * 1.08), **slope)
     for i, point in enumerate(points):
         x, y = point["flops"] / point["bytes"], point["flops"] / point["seconds"] / 1e9
         ax.plot(x, y, "o", color=CYCLE[i % len(CYCLE)])

@@ -6,7 +6,7 @@ from optinfer.hardware import best_seconds
 from optinfer.memory import ModelShape
 
 
-def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 7) -> dict[str, Any]:
+def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> dict[str, Any]:
     """Time one token for each of ``batch`` sequences that already hold ``context`` tokens.
 
     Returns:
