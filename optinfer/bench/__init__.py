@@ -5,6 +5,7 @@ the field ``peer`` naming whose code ran and ``seconds`` the median time.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 SUITES = ("quantization", "attention", "kv_cache", "paged_attention", "speculative", "serving")
