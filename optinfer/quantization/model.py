@@ -12,7 +12,7 @@ from optinfer.quantization.checks import check_weight
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
-__all__ = ["linear_layers", "quantize", "replace_module"]
+__all__ = ["linear_layers", "mark_quantized", "quantize", "refuse_quantized", "replace_module"]
 
 
 def quantize(
@@ -64,7 +64,7 @@ def quantize(
     for name in tqdm(list(layers), desc=f"quantize to {scheme}", leave=False, disable=not progress):
         linear = layers.pop(name)
         replace_module(model, linear, QuantizedLinear.from_linear(linear, resolved))
-    _mark_quantized(model, resolved, skip)
+    mark_quantized(model, resolved, skip)
     return model
 
 
@@ -115,7 +115,7 @@ def refuse_quantized(model: nn.Module) -> None:
             raise ValueError(f"the model is quantized already: {name} is {type(module).__qualname__} of bitsandbytes")
 
 
-def _mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
+def mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
     """Tell transformers, so that `save_pretrained` and `from_pretrained` make a round trip."""
     from transformers import PreTrainedModel
 
@@ -128,3 +128,6 @@ def _mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = config.quant_method
+
+
+_mark_quantized = mark_quantized

@@ -1,0 +1,261 @@
+"""Folders in the format of bitsandbytes: write one that `BitsAndBytesConfig` loads, read one that it saved.
+
+Neither direction needs bitsandbytes installed: the format is a handful of tensors per layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
+from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.model import replace_module
+from optinfer.quantization.schemes import Scheme
+from optinfer.quantization.tensor import NestedScale, QuantizedTensor
+
+__all__ = ["load_bitsandbytes", "save_bitsandbytes"]
+
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+def save_bitsandbytes(model: nn.Module, path: str | Path) -> Path:
+    """Save a model quantized to nf4, fp4 or llm_int8 as a folder that transformers loads with bitsandbytes.
+
+    Args:
+        model: a transformers model from `quantize`.
+        path: a folder; it is written under a temporary name and renamed, replacing one of that name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not quantized, or by a scheme that bitsandbytes does not have.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    schemes = {layer.scheme.name for layer in layers.values()}
+    if len(schemes) != 1 or not schemes <= {*CODEBOOKS, "llm_int8"}:
+        found = ", ".join(sorted(schemes)) or "none"
+        raise ValueError(f"bitsandbytes has nf4, fp4 and llm_int8; the model's quantized layers: {found}")
+
+    state: dict[str, Tensor] = {}
+    ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer._parameters if key != "bias"}
+    seen: set[int] = set()  # of tensors under two names (tied embeddings), the first name counts
+    for key, value in model.state_dict().items():
+        if key not in ours and value.data_ptr() not in seen:
+            state[key] = value
+            seen.add(value.data_ptr())
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": value for key, value in layer_tensors(layer.quantized).items()}
+
+    config = model.config.to_dict()
+    config["quantization_config"] = bitsandbytes_config(next(iter(layers.values())).scheme, _left_alone(model))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        save_torch_state_dict(state, folder, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2, default=_plain), encoding="utf-8")
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        folder.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return path
+
+
+def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
+    """A quantized weight as bitsandbytes stores it: tensors by name, the layer's prefix left out."""
+    if q.scheme == "llm_int8":
+        return {"weight": q.packed, "SCB": q.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    description: dict[str, Any] = {
+        "quant_type": q.scheme,
+        "blocksize": q.block_size,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    tensors = {"weight": q.packed, "weight.quant_map": torch.tensor(CODEBOOKS[q.scheme])}
+    if isinstance(q.scale, NestedScale):
+        tensors["weight.absmax"] = q.scale.codes
+        tensors["weight.nested_absmax"] = q.scale.absmax
+        tensors["weight.nested_quant_map"] = torch.tensor(DYNAMIC_INT8)
+        description |= {
+            "nested_blocksize": NestedScale.BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": q.scale.offset.item(),
+        }
+    else:
+        tensors["weight.absmax"] = q.scale
+    tensors[STATE + q.scheme] = torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def bitsandbytes_config(scheme: Scheme, left_alone: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json."""
+    four = scheme.name in CODEBOOKS
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_quant_type": scheme.name if four else "fp4",
+        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": scheme.threshold,
+        "llm_int8_skip_modules": left_alone,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def _left_alone(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _plain(value: object) -> object:
+    return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a folder saved by bitsandbytes through transformers (or by `save_bitsandbytes`) as a quantized model.
+
+    Args:
+        dtype: of what is not quantized; default: as saved.
+
+    Returns:
+        The model in eval mode, with a `QuantizedLinear` for each quantized layer: the same bits, our products.
+
+    Raises:
+        FileNotFoundError: no such folder, or no weights in it.
+        ValueError: not in that format, damaged, or of a kind we do not have; the message names the tensor.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from optinfer.quantization.model import mark_quantized
+
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no model folder: it has no config.json")
+    config = AutoConfig.from_pretrained(path)
+    options = getattr(config, "quantization_config", None) or {}
+    options = options if isinstance(options, dict) else options.to_dict()
+    if options.get("quant_method") != "bitsandbytes":
+        raise ValueError(f"{path} is not in bitsandbytes format: quant_method={options.get('quant_method')!r}")
+    threshold = float(options.get("llm_int8_threshold", 6.0))
+    del config.quantization_config
+
+    state = _read_tensors(path)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
+    scheme = None
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        q = _read_layer(state, name, linear)
+        if q is None:
+            continue
+        layer = QuantizedLinear.from_quantized(q, threshold=threshold)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"), requires_grad=False)
+        replace_module(model, linear, layer)
+        scheme = layer.scheme
+    if scheme is None:
+        raise ValueError(f"{path} holds no layer quantized by bitsandbytes")
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    loaded = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [n for n, p in model.named_parameters() if p.is_meta]
+    if missing or loaded.unexpected_keys:
+        wrong = [f"missing: {n}" for n in missing] + [f"unexpected: {n}" for n in loaded.unexpected_keys]
+        raise ValueError(f"{path} does not fit its config.json; {'; '.join(wrong[:5])}")
+    mark_quantized(model, scheme, ())
+    return model.eval()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .safetensors file")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or cut short: {error}") from error
+    return state
+
+
+def _read_layer(state: dict[str, Tensor], name: str, linear: nn.Linear) -> QuantizedTensor | None:
+    """Take a layer's tensors out of `state`; None if it is not quantized."""
+    shape, dtype = tuple(linear.weight.shape), linear.weight.dtype
+
+    def take(key: str, want: tuple[int, ...] | None, want_dtype: torch.dtype) -> Tensor:
+        full = f"{name}.{key}"
+        if full not in state:
+            raise ValueError(f"{full} is missing")
+        tensor = state.pop(full)
+        if tensor.dtype != want_dtype or (want is not None and tuple(tensor.shape) != want):
+            raise ValueError(f"{full} is {tensor.dtype} {tuple(tensor.shape)}, should be {want_dtype} {want or ''}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{full} has NaN or Inf values")
+        return tensor
+
+    if f"{name}.SCB" in state:
+        kind = state.pop(f"{name}.weight_format", torch.tensor(0))
+        if int(kind) != 0:
+            raise ValueError(f"{name}.weight_format is {int(kind)}; only row-major (0) is supported")
+        packed, absmax = take("weight", shape, torch.int8), take("SCB", shape[:1], torch.float32)
+        return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, "llm_int8", 8, shape[1])
+
+    key = next((STATE + kind for kind in CODEBOOKS if f"{name}.{STATE}{kind}" in state), None)
+    if key is None:
+        return None
+    try:
+        description = json.loads(bytes(take(key, None, torch.uint8).tolist()))
+        kind, block = description["quant_type"], int(description["blocksize"])
+        stored_shape = tuple(description["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}.{key} cannot be read: {error!r}") from error
+    if stored_shape != shape:
+        raise ValueError(f"{name}.weight has shape {stored_shape} in its quant_state, {shape} in config.json")
+    _expect_table(name, take("weight.quant_map", (16,), torch.float32), CODEBOOKS[kind], kind)
+    blocks = -(-math.prod(shape) // block)
+    packed = take("weight", ((math.prod(shape) + 1) // 2, 1), torch.uint8)
+    scale: Tensor | NestedScale
+    if "nested_offset" in description:
+        _expect_table(
+            name, take("weight.nested_quant_map", (256,), torch.float32), DYNAMIC_INT8, "the dynamic 8-bit map"
+        )
+        scale = NestedScale(
+            take("weight.absmax", (blocks,), torch.uint8),
+            take("weight.nested_absmax", (-(-blocks // NestedScale.BLOCK),), torch.float32),
+            torch.tensor(description["nested_offset"], dtype=torch.float32),
+        )
+    else:
+        scale = take("weight.absmax", (blocks,), torch.float32)
+    return QuantizedTensor(packed, scale, torch.Size(shape), dtype, kind, 4, block)
+
+
+def _expect_table(name: str, table: Tensor, values: tuple[float, ...], what: str) -> None:
+    if not torch.equal(table, torch.tensor(values)):
+        raise ValueError(f"{name}: the table stored with the weight is not that of {what}")

@@ -1,0 +1,74 @@
+"""How much memory a model takes under a scheme, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.model import linear_layers
+from optinfer.quantization.schemes import Scheme, resolve_scheme
+
+__all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
+
+
+def memory_footprint(
+    config_or_model: Any,
+    scheme: str | Scheme | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    block_size: int | str | None = None,
+    double_quant: bool = False,
+    symmetric: bool = True,
+) -> int:
+    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or allocated.
+
+    Args:
+        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as it is.
+        scheme: as for `quantize`; None: not quantized.
+        dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
+        block_size, double_quant, symmetric: as for `quantize`.
+
+    Returns:
+        Bytes of all parameters, tied ones once. Buffers (rotary tables, some kilobytes) are not weights.
+
+    Raises:
+        ValueError: unknown scheme or option, or a model that is quantized already.
+    """
+    if scheme is not None and not isinstance(scheme, Scheme):
+        scheme = resolve_scheme(scheme, block_size, double_quant, symmetric)
+    model = config_or_model
+    if not isinstance(model, nn.Module):
+        model = empty_model(config_or_model, dtype or torch.bfloat16)
+    if scheme is not None and any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise ValueError("the model is quantized already: pass scheme=None, or the original model")
+
+    def bytes_of(parameter: torch.Tensor) -> int:
+        item = dtype.itemsize if dtype and parameter.is_floating_point() else parameter.element_size()
+        return parameter.numel() * item
+
+    total = sum(bytes_of(p) for p in model.parameters())
+    if scheme is not None:
+        for linear in linear_layers(model).values():
+            weight = linear.weight
+            total += scheme.nbytes(tuple(weight.shape), dtype or weight.dtype) - bytes_of(weight)
+    return total
+
+
+def allocated_bytes(model: nn.Module) -> int:
+    """Bytes that a model's parameters really occupy, counted by their storages."""
+    storages = {}
+    for parameter in model.parameters():
+        storage = parameter.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The causal language model of a configuration, without memory for its weights (meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
