@@ -1,0 +1,303 @@
+"""AWQ: scale the input channels that meet large activations up before rounding, and down again for free.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978.
+
+Multiplying an input channel's weights by ``s`` and its activation by ``1/s`` changes nothing in exact arithmetic, but the
+rounding error of that channel now reaches the output divided by ``s``. The factor ``1/s`` costs nothing because the
+operation before absorbs it: a norm's gain, or the rows of the projection that produced the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optinfer.quantization.calibrate import Calibration, CalibrationLayer, calibrate, check_groups, install
+from optinfer.quantization.gptq import gptq_quantize
+from optinfer.quantization.model import linear_layers
+from optinfer.quantization.rtn import quantize_linear
+from optinfer.quantization.tensor import QuantizedTensor
+
+__all__ = ["Scaling", "awq", "clip_weight", "fold", "gain_offset", "scaling_groups", "search_scale"]
+
+ALPHAS = tuple(i / 20 for i in range(20))  # the paper's grid: s = mean|x|^alpha
+CLIPS = tuple(1 - i / 20 for i in range(10))  # 1.00, 0.95 … 0.55 of a group's largest weight
+SEARCH_TOKENS = 2048  # the search looks at block outputs of this many tokens; AWQ needs little data (paper, figure 8)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Linear layers that share an input, the operation before them that can absorb a scale, and the block to judge by.
+
+    Names are relative to the decoder layer.
+
+    Attributes:
+        previous: a norm, or the linear layer whose output feeds `linears` element by element.
+        linears: the layers whose input channels are scaled.
+        block: the module whose output error chooses the scale.
+    """
+
+    previous: str
+    linears: tuple[str, ...]
+    block: str
+
+
+def scaling_groups(layer: nn.Module) -> list[Scaling]:
+    """Where a scale can be folded in a decoder layer named as in Llama, Qwen, Mistral and Gemma.
+
+    ``o_proj`` is left out with grouped-query attention: several of its input channels come from one row of ``v_proj``,
+    which can absorb only one factor.
+
+    Raises:
+        ValueError: the layer is built in another way.
+    """
+    modules = dict(layer.named_modules())
+    before_mlp = "pre_feedforward_layernorm" if "pre_feedforward_layernorm" in modules else "post_attention_layernorm"
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gated = ("mlp.gate_proj", "mlp.up_proj")
+    needed = {"input_layernorm", before_mlp, *attention, *gated, "self_attn.o_proj", "mlp.down_proj"}
+    if missing := sorted(needed - modules.keys()):
+        raise ValueError(f"AWQ does not know how {type(layer).__name__} is wired: it has no {', '.join(missing)}")
+    groups = [Scaling("input_layernorm", attention, "self_attn")]
+    if modules["self_attn.v_proj"].weight.shape == modules["self_attn.o_proj"].weight.shape:
+        groups.append(Scaling("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"))
+    groups.append(Scaling(before_mlp, gated, "mlp"))
+    groups.append(Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"))
+    return groups
+
+
+@torch.no_grad()
+def gain_offset(norm: nn.Module) -> float:
+    """1 for norms that multiply by ``1 + weight`` (Gemma), 0 for those that multiply by ``weight``: asked, not guessed."""
+    kept = norm.weight.data
+    try:
+        norm.weight.data = torch.zeros_like(kept)
+        if getattr(norm, "bias", None) is not None:
+            return 0.0
+        return float(bool(norm(torch.ones_like(kept)[None]).any()))
+    finally:
+        norm.weight.data = kept
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, scaling: Scaling, scale: Tensor) -> None:
+    """Multiply the input channels of `scaling.linears` by `scale` ``[in]``, and divide what feeds them, in place.
+
+    The layer computes the same function as before.
+    """
+    previous = layer.get_submodule(scaling.previous)
+    if isinstance(previous, nn.Linear):
+        previous.weight.div_(scale[:, None].to(previous.weight.dtype))
+    else:
+        offset = gain_offset(previous)
+        gain = (previous.weight.float() + offset) / scale
+        previous.weight.copy_(gain - offset)
+    if getattr(previous, "bias", None) is not None:
+        previous.bias.div_(scale.to(previous.bias.dtype))
+    for name in scaling.linears:
+        weight = layer.get_submodule(name).weight
+        weight.copy_(weight.float() * scale)
+
+
+def _scale(mean_abs: Tensor, alpha: float) -> Tensor:
+    """``mean|x|^alpha``, clear of zero, centred so that the largest and the smallest are reciprocal (paper, eq. 5)."""
+    scale = mean_abs.float().pow(alpha).clamp(min=1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+@torch.no_grad()
+def search_scale(
+    layer: CalibrationLayer,
+    scaling: Scaling,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    run: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """Find the exponent whose scale changes the block's output least after rounding.
+
+    Args:
+        layer: an observed layer.
+        scaling: which inputs to scale.
+        bits, group_size, symmetric: of the rounding to come.
+        run: computes the block's output. None: the block is one linear layer, whose error follows from its Hessian.
+
+    Returns:
+        the scale, float32 ``[in]``, and the whole search as pairs (alpha, error relative to alpha = 0).
+    """
+    statistics = layer.statistics[scaling.linears[0]]
+    linears = [layer.linears[name] for name in scaling.linears]
+    originals = [linear.weight.data for linear in linears]
+    reference = run() if run is not None else None
+    errors = []
+    try:
+        for alpha in ALPHAS:
+            scale = _scale(statistics.mean_abs, alpha)
+            error = 0.0
+            for linear, original in zip(linears, originals):
+                rounded = quantize_linear(original.float() * scale, bits, group_size, symmetric).dequantize() / scale
+                if reference is None:
+                    difference = rounded - original
+                    error += float(((difference @ statistics.hessian) * difference).sum())
+                else:
+                    linear.weight.data = rounded.to(original.dtype)
+            if run is not None:
+                error = float((run().float() - reference.float()).square().mean())
+            errors.append(error)
+    finally:
+        for linear, original in zip(linears, originals):
+            linear.weight.data = original
+    best = min(range(len(ALPHAS)), key=errors.__getitem__)
+    relative = [(alpha, error / max(errors[0], 1e-30)) for alpha, error in zip(ALPHAS, errors)]
+    return _scale(statistics.mean_abs, ALPHAS[best]), relative
+
+
+@torch.no_grad()
+def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    """Shrink each group's range to what leaves the smallest output error after rounding; returns the clipped weight.
+
+    A group's error is judged by its own block of the Hessian, so neither tokens nor outputs are needed.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``.
+    """
+    groups = weight.float().unflatten(1, (-1, group_size))  # [out, groups, group]
+    count = groups.shape[1]
+    at = torch.arange(count, device=weight.device)
+    blocks = hessian.reshape(count, group_size, count, group_size)[at, :, at]  # [groups, group, group]
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    best = torch.full(groups.shape[:2], float("inf"), device=weight.device)
+    kept = groups
+    for ratio in CLIPS:
+        clipped = groups.clamp(low * ratio, high * ratio)
+        rounded = quantize_linear(clipped.flatten(1), bits, group_size, symmetric).dequantize().view_as(groups)
+        difference = (rounded - groups).transpose(0, 1)  # [groups, out, group]
+        error = ((difference @ blocks) * difference).sum(-1).T
+        better = error < best
+        best = torch.where(better, error, best)
+        kept = torch.where(better[..., None], clipped, kept)
+    return kept.flatten(1).to(weight.dtype)
+
+
+@torch.no_grad()
+def _block_runner(layer: CalibrationLayer, block: str, tokens: int) -> Callable[[], Tensor]:
+    """A function that runs one block of the layer on what it gets to see, for the first `tokens` tokens or so."""
+    module = layer.module.get_submodule(block)
+    seen: list[tuple[tuple, dict]] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append((args, kwargs))
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        done = 0
+        for batch in layer.batches:
+            if done and done + batch.shape[0] * batch.shape[1] > tokens:
+                break
+            done += batch.shape[0] * batch.shape[1]
+            layer.run(batch)
+    finally:
+        handle.remove()
+
+    def run() -> Tensor:
+        outputs = [module(*args, **kwargs) for args, kwargs in seen]
+        return torch.cat([out[0] if isinstance(out, tuple) else out for out in outputs])
+
+    return run
+
+
+def scale_layer(
+    layer: CalibrationLayer,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    tokens: int = SEARCH_TOKENS,
+    trace: dict[str, list[tuple[float, float]]] | None = None,
+) -> None:
+    """Search and fold all scales of one observed layer; its statistics become those of the scaled inputs."""
+    found: list[tuple[Scaling, Tensor]] = []
+    for scaling in scaling_groups(layer.module):
+        is_linear = scaling.block in layer.linears
+        run = None if is_linear else _block_runner(layer, scaling.block, tokens)
+        scale, search = search_scale(layer, scaling, bits, group_size, symmetric, run)
+        found.append((scaling, scale))
+        if trace is not None:
+            trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search
+    for scaling, scale in found:
+        fold(layer.module, scaling, scale)
+        shared = layer.statistics[scaling.linears[0]].scaled(1 / scale)
+        for name in scaling.linears:
+            layer.statistics[name] = shared
+
+
+def awq(
+    model: Any,
+    tokenizer: Any = None,
+    texts: str | list[str] | None = None,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    rounding: str = "nearest",
+    clip: bool = True,
+    search_tokens: int = SEARCH_TOKENS,
+    trace: dict[str, list[tuple[float, float]]] | None = None,
+    **calibration: Any,
+) -> Any:
+    """Quantize every linear layer of a decoder with AWQ, in place; embeddings and the output head stay.
+
+    The model is changed only when the last layer is done; an error or an interruption leaves it as it was.
+
+    Args:
+        model, tokenizer, texts: see `calibrate`; a ready `Calibration` may stand in for the tokenizer.
+        bits, group_size, symmetric: of the rounding; AWQ checkpoints are affine.
+        rounding: ``"nearest"`` as in the paper, or ``"gptq"``: AWQ's scales, then GPTQ's compensation.
+        clip: also search each group's range (not for q and k, whose errors meet in a product).
+        search_tokens: tokens that judge a scale by its block's output.
+        trace: receives every search: name -> pairs (alpha, error relative to alpha = 0).
+        **calibration: passed on to `calibrate`.
+
+    Returns:
+        The same model: its linears now `QuantizedLinear`, its norms scaled.
+
+    Raises:
+        ValueError: the decoder's layers are wired in a way AWQ has no rule for, or see `calibrate`.
+    """
+    if rounding not in ("nearest", "gptq"):
+        raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
+    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
+    check_groups(model, bits, group_size)
+    for layer in run.layers.values():
+        scaling_groups(layer)
+    quantized: dict[str, QuantizedTensor] = {}
+    others: dict[str, Tensor] = {}
+    for layer in run:
+        before = {name: p.data.clone() for name, p in _unquantized(layer.module)}
+        scale_layer(layer, bits, group_size, symmetric, search_tokens, trace)
+        for name, linear in layer.linears.items():
+            hessian = layer.statistics[name].hessian
+            if rounding == "gptq":
+                q = gptq_quantize(linear.weight, hessian, bits, group_size, symmetric=symmetric, act_order=True)
+            else:
+                weight = linear.weight.data
+                if clip and not name.endswith(("q_proj", "k_proj")):
+                    weight = clip_weight(weight, hessian, bits, group_size, symmetric)
+                q = quantize_linear(weight, bits, group_size, symmetric)
+            layer.put(name, q)
+            quantized[f"{layer.name}.{name}"] = q
+        for name, p in _unquantized(layer.module):
+            if not torch.equal(before[name], p.data):
+                others[f"{layer.name}.{name}"] = p.data.clone()
+    for name, tensor in others.items():  # the last layer is done: from here on nothing can fail
+        model.get_parameter(name).data.copy_(tensor)
+    return install(model, quantized)
+
+
+def _unquantized(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Norm gains and biases: all parameters that are not a linear layer's weight."""
+    weights = {id(linear.weight) for linear in linear_layers(layer).values()}
+    return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]

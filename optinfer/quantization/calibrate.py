@@ -1,0 +1,331 @@
+"""Calibration: what a layer's inputs look like, gathered layer by layer with bounded memory.
+
+Calibrated methods need statistics of every linear layer's inputs. Holding them all at once takes more memory than the
+model (a Hessian is ``[in, in]``), so the decoder is walked one layer at a time: run it over the calibration tokens,
+hand its statistics to whoever quantizes it, run it again as quantized to get the next layer's inputs, forget it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.model import _mark_quantized as mark_quantized
+from optinfer.quantization.model import linear_layers, refuse_quantized, replace_module
+from optinfer.quantization.rtn import BITS
+from optinfer.quantization.schemes import Scheme
+from optinfer.quantization.tensor import QuantizedTensor
+
+__all__ = ["Calibration", "CalibrationError", "CalibrationLayer", "InputStatistics", "calibrate"]
+
+
+class CalibrationError(ValueError):
+    """The calibration text cannot tell what a layer's inputs look like; the message names the layer."""
+
+
+@dataclass
+class InputStatistics:
+    """What the inputs of one linear layer looked like.
+
+    Attributes:
+        hessian: ``2 / tokens * sum of x x^T``, float32 ``[in, in]``: the Hessian of the layer's mean squared error.
+        mean_abs: mean magnitude of each input feature, float32 ``[in]``.
+        max_abs: largest magnitude of each input feature, float32 ``[in]``.
+        tokens: how many inputs were seen.
+    """
+
+    hessian: Tensor
+    mean_abs: Tensor
+    max_abs: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device) -> InputStatistics:
+        zeros = torch.zeros(features, device=device)
+        return cls(torch.zeros(features, features, device=device), zeros.clone(), zeros)
+
+    def add(self, x: Tensor) -> None:
+        """Take in a batch of inputs ``[..., in]``; the means stay means, so that no sum overflows."""
+        x = x.detach().flatten(0, -2).float()
+        if not len(x):
+            return
+        kept = self.tokens / (self.tokens + len(x))
+        self.tokens += len(x)
+        self.hessian.mul_(kept).addmm_(x.T, x, alpha=2 / self.tokens)
+        magnitude = x.abs()
+        self.mean_abs.mul_(kept).add_(magnitude.sum(0) / self.tokens)
+        torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
+
+    def scaled(self, factor: Tensor) -> InputStatistics:
+        """The statistics of ``x * factor``, `factor` ``[in]`` positive."""
+        return InputStatistics(
+            self.hessian * factor * factor[:, None], self.mean_abs * factor, self.max_abs * factor, self.tokens
+        )
+
+
+@dataclass
+class CalibrationLayer:
+    """One decoder layer at work on the calibration tokens: a copy that may be changed freely.
+
+    Attributes:
+        name: of the layer in the model, such as ``"model.layers.3"``.
+        module: the copy. What it holds when the next layer is asked for decides that layer's inputs.
+        batches: the layer's inputs, ``[batch, length, hidden]`` each.
+        arguments: the keyword arguments the model calls the layer with (masks, rotary embeddings).
+        linears: the linear layers inside, by their names within the layer.
+        statistics: of their inputs; layers that share an input share the object.
+    """
+
+    name: str
+    module: nn.Module
+    batches: list[Tensor]
+    arguments: dict[str, Any]
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.linears = linear_layers(self.module)
+
+    def run(self, batch: Tensor) -> Tensor:
+        """The layer's output for one batch of inputs."""
+        out = self.module(batch, **self.arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+    def observe(self) -> None:
+        """Fill `statistics` by running all batches.
+
+        Raises:
+            CalibrationError: a linear layer met no token (an expert nobody was routed to), or inputs are not finite.
+        """
+        self.statistics = {}
+        owners: dict[int, InputStatistics] = {}  # id of an input tensor -> who accounts for it in this batch
+        held: list[Tensor] = []  # keeps those ids from being reused
+
+        def hook(name: str) -> Callable:
+            def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0]
+                mine = self.statistics.get(name)
+                if id(x) in owners and (mine is None or mine is owners[id(x)]):
+                    self.statistics[name] = owners[id(x)]
+                    return
+                if mine is None:
+                    mine = self.statistics[name] = InputStatistics.empty(module.in_features, x.device)
+                mine.add(x)
+                owners[id(x)] = mine
+                held.append(x)
+
+            return seen
+
+        hooks = [linear.register_forward_pre_hook(hook(name)) for name, linear in self.linears.items()]
+        try:
+            for batch in self.batches:
+                self.run(batch)
+                owners.clear()
+                held.clear()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for name in self.linears:
+            if name not in self.statistics or not self.statistics[name].tokens:
+                raise CalibrationError(
+                    f"calibration never reached {self.name}.{name} (an expert that no token was routed to?): "
+                    "use more, or more varied, text; nothing was quantized"
+                )
+            if not torch.isfinite(self.statistics[name].max_abs).all():
+                raise CalibrationError(
+                    f"the inputs of {self.name}.{name} have NaN or Inf values; nothing was quantized"
+                )
+
+    @torch.no_grad()
+    def put(self, name: str, q: QuantizedTensor) -> None:
+        """Let the copy compute with the quantized weight from now on."""
+        self.linears[name].weight.data = q.dequantize(self.linears[name].weight.dtype)
+
+
+class Calibration:
+    """An iterable over a decoder's layers, see `calibrate`. Each iteration starts anew."""
+
+    def __init__(self, model: Any, sequences: Tensor, batch_size: int, progress: bool = True):
+        self.model = model
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.progress = progress
+        self.layers = decoder_layers(model)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences.numel()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[CalibrationLayer]:
+        from tqdm.auto import tqdm
+
+        batches, arguments = self._first_inputs()
+        walk = tqdm(self.layers.items(), desc="calibrating", unit="layer", disable=not self.progress)
+        for (name, layer), extra in zip(walk, arguments):
+            work = CalibrationLayer(name, copy.deepcopy(layer), batches, extra)
+            work.observe()
+            yield work
+            work.statistics = {}  # freed before the layer runs again
+            for i, batch in enumerate(batches):
+                batches[i] = work.run(batch)
+
+    def _first_inputs(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The first layer's inputs, and the keyword arguments of each layer.
+
+        The model itself prepares both: its layers are exchanged for recorders for the time of one pass. All sequences
+        have one length, so masks and positions are those of the first batch.
+        """
+        parent, _, _ = next(iter(self.layers)).rpartition(".")
+        holder = self.model.get_submodule(parent)
+        batches: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+        originals = list(holder)
+        try:
+            for i, layer in enumerate(originals):
+                holder[i] = _Recorder(layer, batches if i == 0 else None, arguments)
+            device = self.model.get_input_embeddings().weight.device
+            for ids in self.sequences.split(self.batch_size):
+                self.model.base_model(input_ids=ids.to(device), use_cache=False)
+                del arguments[len(originals) :]
+        finally:
+            for i, layer in enumerate(originals):
+                holder[i] = layer
+        return batches, arguments
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it is called with and passes its input on."""
+
+    def __init__(self, layer: nn.Module, batches: list[Tensor] | None, arguments: list[dict[str, Any]]):
+        super().__init__()
+        self.__dict__.update(layer=layer, batches=batches, arguments=arguments)  # not registered as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # a model may ask its layer for, say, its attention type
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise CalibrationError(
+                f"{type(self.layer).__name__} is called with positional arguments besides the hidden states: "
+                "calibration does not know this architecture"
+            )
+        if self.batches is not None:
+            self.batches.append(hidden)
+        self.arguments.append(kwargs | {"use_cache": False} if "use_cache" in kwargs else kwargs)
+        return hidden
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: str | list[str] | None = None,
+    num_sequences: int = 64,
+    length: int = 256,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Calibration:
+    """Prepare a walk over the decoder's layers with the statistics of their inputs.
+
+    >>> for layer in calibrate(model, tokenizer, texts):
+    ...     hessian = layer.statistics["mlp.down_proj"].hessian
+
+    Whoever walks may change ``layer.module`` (a copy); the following layers are then calibrated on what the changed
+    layer produces. Beside the model, memory holds the tokens' hidden states, one layer's copy and its statistics.
+
+    Args:
+        model: a causal language model of transformers (Llama, Qwen, Mistral, Gemma and their like). Not changed.
+        tokenizer: its tokenizer.
+        texts: calibration text; the course's when None.
+        num_sequences, length: the text is cut into up to so many sequences of so many tokens.
+        batch_size: sequences that run through a layer at once.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError: fewer tokens than the widest layer has inputs, so that its Hessian cannot have full rank.
+        ValueError: a size is not positive, or the model is no decoder with a list of layers.
+    """
+    for name, value in (("num_sequences", num_sequences), ("length", length), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if texts is None:
+        from optinfer import data
+
+        texts = data.text("calibration")
+    refuse_quantized(model)
+    layers = decoder_layers(model)
+    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
+    sequences = _sequences(tokenizer, texts, num_sequences, length)
+    widths = {
+        f"{prefix}.{inner}": linear.in_features
+        for prefix, layer in layers.items()
+        for inner, linear in linear_layers(layer).items()
+    }
+    if not widths:
+        raise ValueError(f"the layers of {type(model).__name__} hold no linear layers")
+    name, widest = max(widths.items(), key=lambda pair: pair[1])
+    if sequences.numel() < widest:
+        raise CalibrationError(
+            f"too little calibration text: {sequences.numel():,} tokens in sequences of {length}, but {name} has "
+            f"{widest:,} inputs and needs at least as many tokens (16,384 are usual)"
+        )
+    return Calibration(model, sequences, batch_size, progress)
+
+
+def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) -> Tensor:
+    """Token ids ``[sequences, length]``; each begins with the start token where the tokenizer would put one."""
+    text = texts if isinstance(texts, str) else "\n\n".join(texts)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    usual = tokenizer("a")["input_ids"]
+    start = [tokenizer.bos_token_id] if usual and usual[0] == tokenizer.bos_token_id is not None else []
+    body = min(length - len(start), len(ids))
+    if body < 1:
+        raise CalibrationError(f"too little calibration text: {len(ids)} tokens")
+    cut = [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+    return torch.tensor(cut[:count])
+
+
+def decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """The decoder's layers by name: the one list of modules as long as the config says."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
+    raise ValueError(f"{type(model).__name__} is not a decoder that keeps its {count} layers in one list")
+
+
+def check_groups(model: Any, bits: int, group_size: int) -> None:
+    """Raise ValueError unless every linear layer of the decoder can be quantized so."""
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a positive int, got {group_size!r}")
+    widths: dict[int, str] = {}
+    for prefix, layer in decoder_layers(model).items():
+        for name, linear in linear_layers(layer).items():
+            widths.setdefault(linear.in_features, f"{prefix}.{name}")
+    for width, name in widths.items():
+        if width % group_size:
+            fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in widths)]
+            raise ValueError(
+                f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                f"for this model: {', '.join(map(str, fitting)) or 'none of the usual sizes'}"
+            )
+
+
+def install(model: Any, quantized: dict[str, QuantizedTensor]) -> Any:
+    """Exchange linear layers for quantized ones, in place."""
+    for name, q in quantized.items():
+        linear = model.get_submodule(name)
+        replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias))
+    mark_quantized(model, Scheme.of(next(iter(quantized.values()))), ())
+    return model

@@ -1,0 +1,221 @@
+"""GPTQ: round one column at a time, and let the columns not yet rounded make up for the error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323.
+
+A layer's output is ``W x``, so what matters is not how far a rounded weight is from the original but how far the
+output moves over real inputs: ``sum |(W - Q) x|^2 = trace((W - Q) H (W - Q)^T)`` with ``H`` the sum of ``x x^T``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optinfer.quantization.calibrate import Calibration, calibrate, check_groups, install
+from optinfer.quantization.checks import check_weight
+from optinfer.quantization.rtn import BITS, grid, quantize_linear, resolve_group_size
+from optinfer.quantization.tensor import QuantizedTensor
+
+__all__ = ["gptq", "gptq_quantize", "output_error"]
+
+BLOCK = 128  # columns updated eagerly; the rest of the matrix is updated once per block (paper, section 3.3, step 2)
+RETRIES = 3
+
+
+def output_error(weight: Tensor, restored: Tensor | QuantizedTensor, hessian: Tensor) -> float:
+    """How far a layer's output moves, over the inputs behind `hessian`: ``trace((W - Q) H (W - Q)^T)``.
+
+    With the Hessian of `calibrate` (``2 / n * sum x x^T``) this is twice the mean squared change of the output vector.
+    Evaluated in float64.
+    """
+    if isinstance(restored, QuantizedTensor):
+        restored = restored.dequantize(torch.float32)
+    difference = weight.detach().double() - restored.double()
+    return float(((difference @ hessian.double()) * difference).sum())
+
+
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int = 4,
+    group_size: int | str | None = 64,
+    damp: float = 0.01,
+    act_order: bool = False,
+    symmetric: bool = True,
+) -> QuantizedTensor:
+    """Quantize one matrix so that its output, not its weights, stays close.
+
+    Args:
+        weight: ``[out, in]``, float32, bfloat16 or float16.
+        hessian: ``[in, in]``, sum or mean of ``x x^T`` over calibration inputs; any positive factor cancels.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; must divide `in`. ``"channel"``: one scale a row.
+        damp: this share of the Hessian's mean diagonal is added to its diagonal.
+        act_order: visit the columns with the largest inputs first, while most others can still make up for them. The
+            groups stay consecutive columns with scales fixed beforehand ("static groups"), so that the stored format
+            does not change and no kernel has to gather.
+        symmetric: see `rtn.grid`.
+
+    Returns:
+        A QuantizedTensor of scheme ``int{bits}``, like `quantize_linear`'s.
+
+    Raises:
+        ValueError: shapes disagree, groups do not divide, or the Hessian stays indefinite after three times more damping.
+    """
+    check_weight(weight)
+    rows, width = weight.shape
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
+    group = resolve_group_size(group_size, weight.shape)
+    if group == 0:
+        raise ValueError('group_size "tensor" is not defined for GPTQ: a grid per row ("channel") or per group')
+    if width % group:
+        raise ValueError(f"group_size={group} does not divide the layer's {width} inputs")
+    if hessian.shape != (width, width):
+        raise ValueError(
+            f"hessian must be [{width}, {width}] for a weight {tuple(weight.shape)}, got {tuple(hessian.shape)}"
+        )
+    if not torch.isfinite(hessian).all():
+        raise ValueError("hessian has NaN or Inf values: the calibration activations overflowed")
+    if not damp > 0:
+        raise ValueError(f"damp must be positive, got {damp!r}")
+
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    factor = inverse_factor(hessian if order is None else hessian[order][:, order], damp)
+    columns = weight.detach().double().T.contiguous()  # [in, out]: one row of this is one column of the weight
+    if order is not None:
+        columns = columns[order]
+
+    top, bottom = (1 << bits) - 1, 1 if symmetric else 0
+    scale = torch.empty(width // group, rows, dtype=weight.dtype, device=weight.device)
+    zero = torch.empty(width // group, rows, device=weight.device)
+    if order is not None:
+        low, high = weight.detach().float().unflatten(1, (-1, group)).aminmax(dim=-1)
+        low, high = low.T, high.T
+        scale[:], zero[:] = grid(low, high, bits, symmetric, weight.dtype)
+
+    codes = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)
+    block = block_length(group, width)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        local = columns[start:stop]
+        errors = torch.empty_like(local)
+        for i in range(stop - start):
+            at = start + i
+            column = at if order is None else int(order[at])
+            g = column // group
+            if order is None and column % group == 0:  # the grid fits the weights as compensation has left them
+                low, high = columns[at : at + group].float().aminmax(dim=0)
+                scale[g], zero[g] = grid(low, high, bits, symmetric, weight.dtype)
+            step = torch.where(scale[g] == 0, 1, scale[g]).float()
+            code = (local[i].float() / step).round_().add_(zero[g]).clamp_(bottom, top)
+            rounded = (code - zero[g]).double() * scale[g].double()
+            codes[column] = code.to(torch.uint8)
+            errors[i] = (local[i] - rounded) / factor[at, at]
+            local[i:].addr_(factor[at, at:stop], errors[i], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    return QuantizedTensor.from_codes(
+        codes.T.contiguous(),
+        scale.T.contiguous(),
+        None if symmetric else zero.T.contiguous().to(torch.uint8),
+        bits,
+        group,
+        dtype=weight.dtype,
+    )
+
+
+def block_length(group: int, width: int) -> int:
+    """About `BLOCK` columns, such that every group begins where all of it has been updated."""
+    if group == width:
+        return min(BLOCK, width)
+    if group <= BLOCK:
+        return group * (BLOCK // group)
+    return max(d for d in range(1, BLOCK + 1) if group % d == 0)
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the inverse Hessian, float64 (paper, section 3.3, step 3).
+
+    Row ``i`` holds what eliminating columns ``0 … i-1`` leaves of row ``i`` of the inverse, divided by the root of its
+    diagonal: all that the column loop needs, without updating the inverse after each column.
+
+    An input that calibration never saw has an empty row; it gets a diagonal of its own, which makes its column be
+    rounded to nearest. Without success the damping is raised tenfold, three times, with a warning each.
+    """
+    hessian = hessian.double().clone()
+    diagonal = hessian.diagonal()
+    unseen = diagonal == 0
+    mean = diagonal[~unseen].mean() if bool((~unseen).any()) else torch.ones((), dtype=torch.float64)
+    diagonal[unseen] = mean
+    tried = damp
+    for attempt in range(RETRIES + 1):
+        damped = hessian.clone()
+        damped.diagonal().add_(tried * mean.abs())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+        if attempt < RETRIES:
+            warnings.warn(
+                f"the Hessian is not positive definite with damp={tried:g}; trying damp={10 * tried:g}. "
+                "More, or more varied, calibration text avoids this",
+                stacklevel=3,
+            )
+            tried *= 10
+    raise ValueError(
+        f"the Hessian is not positive definite even with damp={tried:g}: it is not a sum of x x^T. "
+        "Look for NaN or overflow in the calibration activations"
+    )
+
+
+def gptq(
+    model: Any,
+    tokenizer: Any = None,
+    texts: str | list[str] | None = None,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    damp: float = 0.01,
+    act_order: bool = True,
+    report: list[dict[str, Any]] | None = None,
+    **calibration: Any,
+) -> Any:
+    """Quantize every linear layer of a decoder with GPTQ, in place; embeddings and the output head stay.
+
+    Layer by layer: each is calibrated on what the layers before it, already quantized, now produce. The model is
+    changed only when the last layer is done; an error or an interruption leaves it as it was.
+
+    Args:
+        model: any causal language model of transformers whose decoder is a list of layers.
+        tokenizer, texts: see `calibrate`; a ready `Calibration` may stand in for the tokenizer.
+        bits, group_size, symmetric, damp, act_order: see `gptq_quantize`.
+        report: a list that receives one dict per linear layer: ``name``, ``error`` and ``rtn_error`` (see `output_error`).
+        **calibration: passed on to `calibrate`.
+
+    Returns:
+        The same model, its linears now `QuantizedLinear`.
+    """
+    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
+    check_groups(model, bits, group_size)
+    quantized: dict[str, QuantizedTensor] = {}
+    for layer in run:
+        for name, linear in layer.linears.items():
+            hessian = layer.statistics[name].hessian
+            q = gptq_quantize(linear.weight, hessian, bits, group_size, damp, act_order, symmetric)
+            if report is not None:
+                nearest = quantize_linear(linear.weight, bits, group_size, symmetric)
+                report.append(
+                    {
+                        "name": f"{layer.name}.{name}",
+                        "error": output_error(linear.weight, q, hessian),
+                        "rtn_error": output_error(linear.weight, nearest, hessian),
+                    }
+                )
+            layer.put(name, q)
+            quantized[f"{layer.name}.{name}"] = q
+    return install(model, quantized)
