@@ -41,15 +41,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Compile options such as `num_warps` may be given in both cases; the interpreter ignores them.
     Interpreted launches take turns: one at a time per process, whatever the number of threads.
     """
-    if not isinstance(kernel, JITFunction):  # TRITON_INTERPRET=1: it is interpreted already
-        _repair_arithmetic()
-        with _lock, np.errstate(all="ignore"):
+    if isinstance(kernel, _Twin):  # another thread's session has it swapped just now
+        kernel = kernel.original
+    with _lock, np.errstate(all="ignore"):  # a GPU does not warn of log(0) either
+        if not isinstance(kernel, JITFunction):  # TRITON_INTERPRET=1: it is interpreted already
+            _repair_arithmetic()
             kernel[grid](*args, **options)
-    elif _forced or not any(getattr(arg, "is_cuda", False) for arg in _tensors(args)):
-        with _session(kernel) as twin, np.errstate(all="ignore"):  # a GPU does not warn of log(0) either
-            twin[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
+        elif _forced or not any(getattr(arg, "is_cuda", False) for arg in _tensors(args)):
+            with _session(kernel) as twin:
+                twin[grid](*args, **options)
+        else:
+            kernel[grid](*args, **options)
 
 
 @contextlib.contextmanager
@@ -83,6 +85,8 @@ def _tensors(args: tuple) -> Iterator[Any]:
 class _Twin(_triton_interpreter.InterpretedFunction):
     """An interpreted kernel whose helper calls do not patch `triton.language` again: `_session` did it once."""
 
+    original: JITFunction
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.rewrite()(*args, **kwargs)
@@ -93,7 +97,9 @@ class _Twin(_triton_interpreter.InterpretedFunction):
 
 
 def _twin(function: JITFunction) -> _Twin:
-    return _twin_of(function.fn)  # hashing a JITFunction itself would hash its source and all it calls
+    twin = _twin_of(function.fn)  # hashing a JITFunction itself would hash its source and all it calls
+    twin.original = function
+    return twin
 
 
 @functools.cache

@@ -1,0 +1,149 @@
+"""The compile gate: every kernel, dtype and tile, for every architecture, on a machine without a GPU.
+
+Compiles in worker processes without TRITON_INTERPRET, whatever the process that runs the tests has set.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+from optinfer_kernels.compile import SHARED_MEMORY, CompiledKernel
+
+pytestmark = pytest.mark.compile
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def build(
+    kernel: str, arch: int, dtype: str, head_dim: int, causal: bool = True, extras: bool = False
+) -> CompiledKernel:
+    """Compile what the launch function would launch. Runs in a worker."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+
+    from optinfer_kernels import flash_attention, flash_attention_tma, flash_attention_ws
+    from optinfer_kernels.compile import compile_for
+
+    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    if kernel == "flash_attention":
+        function = flash_attention.flash_attention_kernel
+        tile = flash_attention.tile_for(arch, torch_dtype, head_dim)
+    elif kernel == "flash_attention_tma":
+        function = flash_attention_tma.flash_attention_tma_kernel
+        tile = flash_attention_tma.tile_for(arch, head_dim)
+    else:
+        function = flash_attention_ws.flash_attention_ws_kernel
+        tile = flash_attention_ws.tile_for(head_dim)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "MASKED": causal,
+        "WINDOWED": extras,
+        "SOFTCAP": extras,
+        "STORE_LSE": extras,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    rows = {"q_desc": tile.block_m, "out_desc": tile.block_m, "k_desc": tile.block_n, "v_desc": tile.block_n}
+    signature = {}
+    for name in function.arg_names:
+        if name in rows:
+            signature[name] = f"tensordesc<{dtype}[1, 1, {rows[name]}, {head_dim}]>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else f"*{dtype}"
+        elif name.endswith("scale"):
+            signature[name] = "fp32"
+        elif name not in constants:
+            signature[name] = "i32"
+    strides = tuple(name for name in signature if "stride" in name)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return compile_for(arch, function, signature, constants, aligned=strides, **options)
+
+
+def cases():
+    """bf16 is fp16 in all but name to registers and shared memory: it takes the head dims that models use most."""
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for head_dim in HEAD_DIMS:
+                no_bf16 = dtype == "bf16" and arch < 80
+                if not no_bf16 and (dtype != "bf16" or head_dim in (64, 128)):
+                    yield "flash_attention", arch, dtype, head_dim
+            if arch >= 90 and dtype != "fp32":
+                for head_dim in HEAD_DIMS:
+                    yield "flash_attention_tma", arch, dtype, head_dim
+        yield "flash_attention", arch, "fp16", 128, False
+        yield "flash_attention", arch, "fp16", 128, True, True
+    yield "flash_attention_tma", 90, "fp16", 128, False
+    yield "flash_attention_tma", 90, "bf16", 128, True, True
+    for dtype in ("fp16", "bf16"):
+        for head_dim in (64, 128):
+            for causal in (False, True):
+                yield "flash_attention_ws", 90, dtype, head_dim, causal, causal
+
+
+CASES = list(cases())
+
+
+@functools.cache
+def compiled():
+    """All of them at once, on all cores."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(os.cpu_count() or 1, 1), mp_context=context) as pool:
+        futures = {case: pool.submit(build, *case) for case in CASES}
+        return {case: future.exception() or future.result() for case, future in futures.items()}
+
+
+def result(case) -> CompiledKernel:
+    found = compiled()[case]
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_fits_without_spilling(case):
+    kernel = result(case)
+    assert kernel.spill_bytes == 0
+    assert kernel.shared_bytes <= SHARED_MEMORY[case[1]]
+    assert kernel.registers <= 255
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[2] != "fp32"], ids=lambda case: "-".join(map(str, case))
+)
+def test_uses_what_the_architecture_has(case):
+    kernel, (name, arch) = result(case), case[:2]
+    tensor_cores = {75: None, 80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[arch]
+    if tensor_cores is None:
+        assert kernel.count("HMMA") == 0 and kernel.count("FFMA") > 100  # Triton has none for Turing; see the doctor
+    else:
+        assert kernel.count(tensor_cores) > 0
+    if name == "flash_attention":
+        assert kernel.count("UTMALDG") == 0 and (arch < 80 or kernel.count("LDGSTS") > 0)
+    else:
+        assert kernel.count("UTMALDG") > 0
+    assert kernel.is_specialized == (name == "flash_attention_ws")
+    if name == "flash_attention_ws":
+        assert kernel.threads == 384  # one warp group that fetches, two that compute
+
+
+def test_the_gate_can_fail():
+    """Four warps cannot hold a 128 x 128 accumulator: this must be seen as a spill."""
+    from optinfer_kernels import flash_attention
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("with TRITON_INTERPRET=1 nothing compiles in this process")
+    before = flash_attention.TILES
+    try:
+        flash_attention.TILES = {75: {(2, 128): flash_attention.Tile(128, 128, 4, 2)}}
+        assert build("flash_attention", 80, "fp16", 128).spill_bytes > 0
+    finally:
+        flash_attention.TILES = before
