@@ -154,7 +154,8 @@ class Calibration:
     def __init__(self, model: Any, sequences: Tensor, batch_size: int, progress: bool = True):
         self.model = model
         self.sequences = sequences
-        self.batch_size = batch_size
+        # Equal batches: the masks that the model prepares for the first one then fit all.
+        self.batch_size = max(n for n in range(1, batch_size + 1) if len(sequences) % n == 0)
         self.progress = progress
         self.layers = decoder_layers(model)
 
@@ -247,7 +248,7 @@ def calibrate(
         tokenizer: its tokenizer.
         texts: calibration text; the course's when None.
         num_sequences, length: the text is cut into up to so many sequences of so many tokens.
-        batch_size: sequences that run through a layer at once.
+        batch_size: at most so many sequences run through a layer at once.
         progress: show a bar.
 
     Raises:
