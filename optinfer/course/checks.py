@@ -23,7 +23,7 @@ from torch import Tensor
 from optinfer.course import exercises
 from optinfer.course.card import Card
 from optinfer.course.compare import Difference, difference, show
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
 
 _COURSE = str(Path(__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -175,16 +175,14 @@ def _watched(exercise: Exercise, answer: Callable[..., Any]) -> Callable[..., An
 @contextmanager
 def _watch(exercise: Exercise) -> Iterator[None]:
     """Stop an answer that calls the package, another answer of the course, or a function the exercise forbids."""
-    allowed = {function.__name__ for function in map(inspect.unwrap, exercise.given)}
-    if exercise.run is not None:
-        allowed.add(exercise.run.__name__)
+    given = {function.__name__ for function in exercise.given}
     found: list[str] = []
 
     def hook(frame: FrameType, event: str, arg: Any) -> None:
         name = None
         if event == "call":
             code = frame.f_code
-            if _is_ours(code) and not _is_allowed(code, allowed):
+            if _is_ours(code) and not _is_allowed(frame, given):
                 name = f"{frame.f_globals.get('__name__', 'optinfer')}.{code.co_name}"
             elif code.co_name in exercise.forbidden and f"{os.sep}torch{os.sep}" in code.co_filename:
                 name = code.co_name
@@ -208,11 +206,16 @@ def _is_ours(code: CodeType) -> bool:
     return code.co_filename.startswith(_PACKAGE) or f"{os.sep}optinfer_kernels{os.sep}" in code.co_filename
 
 
-def _is_allowed(code: CodeType, allowed: set[str]) -> bool:
-    if code.co_filename == __file__ or code.co_filename.endswith(f"optinfer_kernels{os.sep}interpreter.py"):
+def _is_allowed(frame: FrameType, given: set[str]) -> bool:
+    """The machinery of the check itself, and in the modules of exercises all but answers and references."""
+    filename, name = frame.f_code.co_filename, frame.f_code.co_qualname.split(".")[0]
+    if filename == __file__ or filename.endswith(f"optinfer_kernels{os.sep}interpreter.py"):
         return True
-    in_exercises = code.co_filename.startswith(_COURSE + "exercises")
-    return in_exercises and code.co_qualname.split(".")[0] in allowed
+    if not filename.startswith(_COURSE + "exercises"):
+        return False
+    ours = frame.f_globals.get("EXERCISES", ())
+    answers = {plain(f).__name__ for e in ours for f in (e.answer, e.reference) if f is not None}
+    return name in given or name not in answers
 
 
 # ------------------------------------------------------------------------------------------------------ diagnosis

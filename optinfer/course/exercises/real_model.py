@@ -1,0 +1,37 @@
+"""The default model for exercises that end in generated text; loaded once a session, in float32."""
+
+from functools import cache
+from typing import Any
+
+
+@cache
+def default_model() -> tuple[Any, Any]:
+    """The model and its tokenizer, on the CPU in float32, where equal arithmetic gives equal tokens."""
+    import torch
+
+    from optinfer.models import load_model
+
+    return load_model(dtype=torch.float32, device="cpu")
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any) -> str:
+    """The most likely continuation of a chat prompt."""
+    import torch
+
+    inputs = chat(tokenizer, prompt)
+    with torch.inference_mode():
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+    return tokenizer.decode(out[0, inputs.shape[1] :])
+
+
+def chat(tokenizer: Any, prompt: str) -> Any:
+    """A prompt as token ids ``[1, length]``, in the model's chat format."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt").input_ids
