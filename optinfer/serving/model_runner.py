@@ -1,5 +1,6 @@
 """Runs a transformers model on a packed batch. It knows pages and tensors, but no requests."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +34,7 @@ class ModelRunner:
             fuse_projections(model)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk], num_logits: list[int], copies: list[tuple[int, int]] = ()) -> Tensor:
+    def run(self, chunks: list[Chunk], num_logits: list[int], copies: Sequence[tuple[int, int]] = ()) -> Tensor:
         """Compute the chunks; returns the logits [sum(num_logits), vocabulary] of each chunk's last tokens."""
         self.pool.copy_blocks(list(copies))
         batch = PagedBatch(chunks, num_logits, self.pool)
