@@ -84,10 +84,26 @@ softmax(s) = exp(s - max(s)) / sum(exp(s - max(s)))
         "`m = scores.amax(-1, keepdim=True)`; `m = torch.where(m == -inf, 0.0, m)`; `e = torch.exp(scores - m)`; divide by its sum, zeros replaced by 1.",
     ),
     wrong=(
-        Wrong("no maximum subtracted", "exp overflows beyond 88 and vanishes below -104: inf/inf and 0/0.", ("torch.exp(scores - largest)", "torch.exp(scores)")),
-        Wrong("NaN for a masked row", "-inf - (-inf) is NaN: replace the maximum by 0 where everything is masked.", ("largest = torch.where(largest == -math.inf, 0.0, largest)", "pass")),
-        Wrong("one maximum for all rows", "A row 700 below the overall maximum vanishes altogether: each row has its own.", ("scores.amax(dim=-1, keepdim=True)", "scores.amax().expand(len(scores), 1)")),
-        Wrong("normalized over the wrong dimension", "Each row, the last dimension, sums to one.", ("weights.sum(dim=-1, keepdim=True)", "weights.sum(dim=0, keepdim=True)")),
+        Wrong(
+            "no maximum subtracted",
+            "exp overflows beyond 88 and vanishes below -104: inf/inf and 0/0.",
+            ("torch.exp(scores - largest)", "torch.exp(scores)"),
+        ),
+        Wrong(
+            "NaN for a masked row",
+            "-inf - (-inf) is NaN: replace the maximum by 0 where everything is masked.",
+            ("largest = torch.where(largest == -math.inf, 0.0, largest)", "pass"),
+        ),
+        Wrong(
+            "one maximum for all rows",
+            "A row 700 below the overall maximum vanishes altogether: each row has its own.",
+            ("scores.amax(dim=-1, keepdim=True)", "scores.amax().expand(len(scores), 1)"),
+        ),
+        Wrong(
+            "normalized over the wrong dimension",
+            "Each row, the last dimension, sums to one.",
+            ("weights.sum(dim=-1, keepdim=True)", "weights.sum(dim=0, keepdim=True)"),
+        ),
     ),
 )
 
@@ -132,10 +148,20 @@ sees itself and everything before it. The last query sees everything.""",
         "`torch.arange(kv_len) <= torch.arange(q_len)[:, None] + kv_len - q_len`",
     ),
     wrong=(
-        Wrong("aligned at the top left", "The queries are the last tokens, not the first: in decoding the one new token would see only key 0.", (" + (kv_len - q_len)", "")),
-        Wrong("a token that does not see itself", "The diagonal belongs to the mask: <=, not <.", ("<= rows", "< rows")),
+        Wrong(
+            "aligned at the top left",
+            "The queries are the last tokens, not the first: in decoding the one new token would see only key 0.",
+            (" + (kv_len - q_len)", ""),
+        ),
+        Wrong(
+            "a token that does not see itself", "The diagonal belongs to the mask: <=, not <.", ("<= rows", "< rows")
+        ),
         Wrong("the mask upside down", "True means visible here.", ("<= rows", "> rows")),
-        Wrong("everything visible", "Later tokens must stay hidden within the new ones.", ("return torch.arange(kv_len) <= rows", "return torch.ones(q_len, kv_len, dtype=torch.bool)")),
+        Wrong(
+            "everything visible",
+            "Later tokens must stay hidden within the new ones.",
+            ("return torch.arange(kv_len) <= rows", "return torch.ones(q_len, kv_len, dtype=torch.bool)"),
+        ),
     ),
 )
 
@@ -155,7 +181,10 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _grouped_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = len(q) // len(k)
-    heads = [((q[h].double() @ k[h // group].double().T) / q.shape[-1] ** 0.5).softmax(-1) @ v[h // group].double() for h in range(len(q))]
+    heads = [
+        ((q[h].double() @ k[h // group].double().T) / q.shape[-1] ** 0.5).softmax(-1) @ v[h // group].double()
+        for h in range(len(q))
+    ]
     return torch.stack(heads).float()
 
 
@@ -192,10 +221,27 @@ out[h] = softmax(q[h] @ k[h // group].T / sqrt(dim)) @ v[h // group]        # gr
         "`k = k.repeat_interleave(group, dim=0)`, v likewise, then plain attention with scale 1/sqrt(dim).",
     ),
     wrong=(
-        Wrong("0 1 2 0 1 2 instead of 0 0 1 1 2 2", "`repeat` tiles the whole list; neighbors share a head, so each must be repeated in place: repeat_interleave.", ("k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)", "k.repeat(group, 1, 1), v.repeat(group, 1, 1)")),
-        Wrong("no scale", "Scores of dim products grow like sqrt(dim): divide by it.", (" / math.sqrt(q.shape[-1])", "")),
-        Wrong("divided by dim instead of its root", "The standard deviation of a sum of dim products is sqrt(dim).", ("math.sqrt(q.shape[-1])", "q.shape[-1]")),
-        Wrong("softmax over the queries", "Each query spreads its weight over the keys: the last dimension.", ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)")),
+        Wrong(
+            "0 1 2 0 1 2 instead of 0 0 1 1 2 2",
+            "`repeat` tiles the whole list; neighbors share a head, so each must be repeated in place: repeat_interleave.",
+            (
+                "k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)",
+                "k.repeat(group, 1, 1), v.repeat(group, 1, 1)",
+            ),
+        ),
+        Wrong(
+            "no scale", "Scores of dim products grow like sqrt(dim): divide by it.", (" / math.sqrt(q.shape[-1])", "")
+        ),
+        Wrong(
+            "divided by dim instead of its root",
+            "The standard deviation of a sum of dim products is sqrt(dim).",
+            ("math.sqrt(q.shape[-1])", "q.shape[-1]"),
+        ),
+        Wrong(
+            "softmax over the queries",
+            "Each query spreads its weight over the keys: the last dimension.",
+            ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)"),
+        ),
     ),
 )
 
@@ -216,7 +262,9 @@ def online_step(m: Tensor, l: Tensor, o: Tensor, scores: Tensor, v: Tensor) -> t
     return m_new, l * shrink + weights.sum(dim=1), o * shrink[:, None] + weights @ v
 
 
-def _online_state(answer: Callable[..., Any], scores: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _online_state(
+    answer: Callable[..., Any], scores: Tensor, values: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """m, l and o after all blocks of a row of scores."""
     rows = len(scores)
     m, l, o = torch.full((rows,), -INF), torch.zeros(rows), torch.zeros(rows, values.shape[1])
@@ -237,7 +285,9 @@ def _online_cases(draw: Draw) -> Iterator[Case]:
     yield case("the largest score comes first", torch.tensor([[9.0, 1.0, 2.0, 0.0]]), draw.normal(4, 3), 2)
     yield case("5 rows, blocks of 4, a shorter last one", 3 * draw.normal(5, 14), draw.normal(14, 8), 4)
     yield case("scores around 200", 200 + 10 * draw.normal(4, 12), draw.normal(12, 4), 3)
-    yield case("the first block is masked", torch.cat([torch.full((2, 3), -INF), draw.normal(2, 3)], 1), draw.normal(6, 4), 3)
+    yield case(
+        "the first block is masked", torch.cat([torch.full((2, 3), -INF), draw.normal(2, 3)], 1), draw.normal(6, 4), 3
+    )
     yield case("everything is masked", torch.full((2, 4), -INF), draw.normal(4, 2), 2)
 
 
@@ -271,11 +321,31 @@ your step, block by block.""",
         "`m_new = torch.maximum(m, scores.amax(1))`; `p = torch.exp(scores - m_use[:, None])`; `c = torch.exp(m - m_use)`; return m_new, l*c + p.sum(1), o*c[:, None] + p @ v.",
     ),
     wrong=(
-        Wrong("the old sums are not rescaled", "They are relative to the old maximum: multiply both by exp(m_old - m_new).", ("shrink = torch.exp(m - m_use)", "shrink = torch.ones_like(m)")),
-        Wrong("the output is not rescaled", "o holds the same exponentials as l: whatever shrinks one shrinks the other.", ("o * shrink[:, None]", "o")),
-        Wrong("rescaled the wrong way round", "The maximum grows, so the old sums shrink: exp(m_old - m_new) is at most 1.", ("torch.exp(m - m_use)", "torch.exp(m_use - m).nan_to_num(posinf=0.0)")),
-        Wrong("the block's maximum instead of the running one", "m must never fall: compare with what was there before.", ("m_new = torch.maximum(m, scores.amax(dim=1))", "m_new = scores.amax(dim=1)")),
-        Wrong("NaN while everything is masked", "-inf - (-inf) is NaN: use 0 as the maximum until something was seen.", ("m_use = torch.where(m_new == -math.inf, 0.0, m_new)", "m_use = m_new")),
+        Wrong(
+            "the old sums are not rescaled",
+            "They are relative to the old maximum: multiply both by exp(m_old - m_new).",
+            ("shrink = torch.exp(m - m_use)", "shrink = torch.ones_like(m)"),
+        ),
+        Wrong(
+            "the output is not rescaled",
+            "o holds the same exponentials as l: whatever shrinks one shrinks the other.",
+            ("o * shrink[:, None]", "o"),
+        ),
+        Wrong(
+            "rescaled the wrong way round",
+            "The maximum grows, so the old sums shrink: exp(m_old - m_new) is at most 1.",
+            ("torch.exp(m - m_use)", "torch.exp(m_use - m).nan_to_num(posinf=0.0)"),
+        ),
+        Wrong(
+            "the block's maximum instead of the running one",
+            "m must never fall: compare with what was there before.",
+            ("m_new = torch.maximum(m, scores.amax(dim=1))", "m_new = scores.amax(dim=1)"),
+        ),
+        Wrong(
+            "NaN while everything is masked",
+            "-inf - (-inf) is NaN: use 0 as the maximum until something was seen.",
+            ("m_use = torch.where(m_new == -math.inf, 0.0, m_new)", "m_use = m_new"),
+        ),
     ),
 )
 
@@ -333,11 +403,37 @@ Subtract the largest lse first; parts without any visible key have -inf.""",
         "`w = torch.exp(lses - m)`, m as in stable_softmax along dim 0; `(w[..., None] * outs).sum(0) / total[:, None]`",
     ),
     wrong=(
-        Wrong("the plain mean of the parts", "A part whose keys score high must count more: weight it by exp(lse).", ("weights = torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))", "weights = torch.ones_like(lses)")),
-        Wrong("weighted by the lse itself", "lse is a logarithm: take exp.", ("weights = torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))", "weights = lses.nan_to_num(neginf=0.0)")),
-        Wrong("no maximum subtracted", "lse is as large as the scores: exp overflows.", ("torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))", "torch.exp(lses)")),
-        Wrong("not divided by the total", "The outputs were normalized within their parts; across parts that has to be done again.", (" / torch.where(total == 0, 1.0, total)[:, None]", "")),
-        Wrong("NaN for a row that saw nothing", "Where every part has -inf, the maximum is -inf too: use 0 in its place.", ("torch.where(largest == -math.inf, 0.0, largest)", "largest")),
+        Wrong(
+            "the plain mean of the parts",
+            "A part whose keys score high must count more: weight it by exp(lse).",
+            (
+                "weights = torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))",
+                "weights = torch.ones_like(lses)",
+            ),
+        ),
+        Wrong(
+            "weighted by the lse itself",
+            "lse is a logarithm: take exp.",
+            (
+                "weights = torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))",
+                "weights = lses.nan_to_num(neginf=0.0)",
+            ),
+        ),
+        Wrong(
+            "no maximum subtracted",
+            "lse is as large as the scores: exp overflows.",
+            ("torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))", "torch.exp(lses)"),
+        ),
+        Wrong(
+            "not divided by the total",
+            "The outputs were normalized within their parts; across parts that has to be done again.",
+            (" / torch.where(total == 0, 1.0, total)[:, None]", ""),
+        ),
+        Wrong(
+            "NaN for a row that saw nothing",
+            "Where every part has -inf, the maximum is -inf too: use 0 in its place.",
+            ("torch.where(largest == -math.inf, 0.0, largest)", "largest"),
+        ),
     ),
 )
 
@@ -387,7 +483,9 @@ def _run_tiled(answer: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, b
         out = answer(q, k, v, block)
     length, dim = q.shape
     if largest.numel >= length * length and length > max(dim, block):
-        raise TooMuchMemory(f"a tensor of {largest.numel} numbers was made; the {length} x {length} matrix has {length * length}")
+        raise TooMuchMemory(
+            f"a tensor of {largest.numel} numbers was made; the {length} x {length} matrix has {length * length}"
+        )
     return out
 
 
@@ -405,7 +503,9 @@ def _tiled_cases(draw: Draw) -> Iterator[Case]:
         ("large scores", 40, 8, 10, 12.0),
         ("blocks of one", 8, 3, 1, 1.0),
     ):
-        yield case(label, size * draw.normal(length, dim), size * draw.normal(length, dim), draw.normal(length, dim), block)
+        yield case(
+            label, size * draw.normal(length, dim), size * draw.normal(length, dim), draw.normal(length, dim), block
+        )
 
 
 TILED = Exercise(
@@ -430,11 +530,32 @@ divide by `l` once at the very end. The result is that of plain causal attention
         "`for start in range(0, length, block): cols = torch.arange(start, min(start + block, length))`; scores = q @ k[cols].T / sqrt(dim), masked where `cols > rows[:, None]`; online_step; finally `o / l[:, None]`.",
     ),
     wrong=(
-        Wrong("the whole matrix at once", "One block of all keys gives the right numbers and the N × N matrix with them: the point is to do without.", ("range(0, length, block)", "range(0, length, length)"), ("min(start + block, length)", "length")),
-        Wrong("the old sums are not rescaled", "When the maximum grows, l and o must shrink by exp(m_old - m_new).", ("torch.exp(m - m_use)\n", "torch.ones(length)\n")),
-        Wrong("the future is visible", "Mask the columns that come after the row.", ("scores = scores.masked_fill(columns > rows[:, None], -math.inf)", "pass")),
-        Wrong("the columns counted from the block's start", "Inside a block, column 0 is token `start`: compare positions in the whole sequence.", ("columns > rows[:, None]", "columns - start > rows[:, None]")),
-        Wrong("not divided by l", "o is a sum of exp(score) × value; it becomes an average only when divided by l.", ("return o / l[:, None]", "return o")),
+        Wrong(
+            "the whole matrix at once",
+            "One block of all keys gives the right numbers and the N × N matrix with them: the point is to do without.",
+            ("range(0, length, block)", "range(0, length, length)"),
+            ("min(start + block, length)", "length"),
+        ),
+        Wrong(
+            "the old sums are not rescaled",
+            "When the maximum grows, l and o must shrink by exp(m_old - m_new).",
+            ("torch.exp(m - m_use)\n", "torch.ones(length)\n"),
+        ),
+        Wrong(
+            "the future is visible",
+            "Mask the columns that come after the row.",
+            ("scores = scores.masked_fill(columns > rows[:, None], -math.inf)", "pass"),
+        ),
+        Wrong(
+            "the columns counted from the block's start",
+            "Inside a block, column 0 is token `start`: compare positions in the whole sequence.",
+            ("columns > rows[:, None]", "columns - start > rows[:, None]"),
+        ),
+        Wrong(
+            "not divided by l",
+            "o is a sum of exp(score) × value; it becomes an average only when divided by l.",
+            ("return o / l[:, None]", "return o"),
+        ),
         Wrong("no scale", "Divide the scores by sqrt(dim).", (" / math.sqrt(dim)", "")),
     ),
 )
@@ -487,10 +608,27 @@ Flash attention keeps scores and probabilities on the chip. Return the bytes of 
         "standard: (4·length² + 4·length·dim) · itemsize; flash: 4·length·dim · itemsize.",
     ),
     wrong=(
-        Wrong("written but never read back", "Each intermediate matrix is written by one kernel and read by the next: count both ways.", ("softmax = matrix + matrix", "softmax = 0")),
-        Wrong("numbers instead of bytes", "Each number takes itemsize bytes.", (" * itemsize, 4 * vectors * itemsize", ", 4 * vectors")),
-        Wrong("flash moves the matrix too", "The scores never leave the chip: flash moves q, k, v and out.", ("4 * vectors * itemsize", "(4 * vectors + matrix) * itemsize")),
-        Wrong("the output forgotten", "The result has to be written as well.", ("product = matrix + vectors + vectors", "product = matrix + vectors"), ("4 * vectors * itemsize", "3 * vectors * itemsize")),
+        Wrong(
+            "written but never read back",
+            "Each intermediate matrix is written by one kernel and read by the next: count both ways.",
+            ("softmax = matrix + matrix", "softmax = 0"),
+        ),
+        Wrong(
+            "numbers instead of bytes",
+            "Each number takes itemsize bytes.",
+            (" * itemsize, 4 * vectors * itemsize", ", 4 * vectors"),
+        ),
+        Wrong(
+            "flash moves the matrix too",
+            "The scores never leave the chip: flash moves q, k, v and out.",
+            ("4 * vectors * itemsize", "(4 * vectors + matrix) * itemsize"),
+        ),
+        Wrong(
+            "the output forgotten",
+            "The result has to be written as well.",
+            ("product = matrix + vectors + vectors", "product = matrix + vectors"),
+            ("4 * vectors * itemsize", "3 * vectors * itemsize"),
+        ),
     ),
 )
 
@@ -578,17 +716,33 @@ the result. Without a GPU the kernel runs interpreted.""",
         "`row = tl.program_id(0)`; `offsets = tl.arange(0, BLOCK)`; pointers are `x_ptr + row * columns + offsets`; `w = tl.exp(x - tl.max(x, axis=0))`; store `w / tl.sum(w, axis=0)`.",
     ),
     wrong=(
-        Wrong("the missing numbers filled with 0", "exp(0 - max) is not 0: the filling joins the sum. Fill with -inf.", ('other=-float("inf")', "other=0.0")),
-        Wrong("no mask on the store", "The last programs write beyond their row, into the next row or past the end.", ("tl.sum(weights, axis=0), mask=offsets < columns)", "tl.sum(weights, axis=0))")),
-        Wrong("rows BLOCK apart", "The rows are `columns` apart in memory; BLOCK is only the program's width.", ("row * columns", "row * BLOCK")),
+        Wrong(
+            "the missing numbers filled with 0",
+            "exp(0 - max) is not 0: the filling joins the sum. Fill with -inf.",
+            ('other=-float("inf")', "other=0.0"),
+        ),
+        Wrong(
+            "no mask on the store",
+            "The last programs write beyond their row, into the next row or past the end.",
+            ("tl.sum(weights, axis=0), mask=offsets < columns)", "tl.sum(weights, axis=0))"),
+        ),
+        Wrong(
+            "rows BLOCK apart",
+            "The rows are `columns` apart in memory; BLOCK is only the program's width.",
+            ("row * columns", "row * BLOCK"),
+        ),
         Wrong("no maximum subtracted", "exp overflows beyond 88.", ("tl.exp(x - tl.max(x, axis=0))", "tl.exp(x)")),
-        Wrong("every program on row 0", "tl.program_id(0) says which row is yours.", ("row = tl.program_id(0)", "row = 0")),
+        Wrong(
+            "every program on row 0", "tl.program_id(0) says which row is yours.", ("row = tl.program_id(0)", "row = 0")
+        ),
     ),
 )
 
 
 @triton.jit
-def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, length, scale, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def flash_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, length, scale, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Causal attention; program i makes rows i * BLOCK_M … of the result.
 
     q_ptr, k_ptr, v_ptr, out_ptr: float32 [length, DIM], contiguous; DIM, BLOCK_M, BLOCK_N are powers of two, at least 16
@@ -636,7 +790,14 @@ def _flash_cases(draw: Draw) -> Iterator[Case]:
         ("41 tokens: the tiles do not fit", 41, 16, 16, 32, 1.0),
         ("large scores", 32, 32, 16, 16, 15.0),
     ):
-        yield case(label, size * draw.normal(length, dim), size * draw.normal(length, dim), draw.normal(length, dim), block_m, block_n)
+        yield case(
+            label,
+            size * draw.normal(length, dim),
+            size * draw.normal(length, dim),
+            draw.normal(length, dim),
+            block_m,
+            block_n,
+        )
 
 
 TRITON_FLASH = Exercise(
@@ -660,15 +821,35 @@ arise. The length need not be a multiple of the tiles.""",
     hints=(
         "Write the torch loop first with rows instead of all queries; then translate line by line.",
         "rows = program_id · BLOCK_M + arange; in the loop columns = start + arange; mask loads by `< length`, scores by `column <= row`; one online step; store o / l.",
-        "The loop body: load k and v; `scores = tl.dot(q, tl.trans(k), input_precision=\"ieee\") * scale`; mask; `m_new = tl.maximum(m, tl.max(scores, axis=1))`; weights, shrink; update l, o, m.",
+        'The loop body: load k and v; `scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale`; mask; `m_new = tl.maximum(m, tl.max(scores, axis=1))`; weights, shrink; update l, o, m.',
     ),
     wrong=(
-        Wrong("the old sums are not rescaled", "When the maximum grows, l and o must shrink by exp(m_old - m_new).", ("shrink = tl.exp(m - m_new)", "shrink = tl.full([BLOCK_M], 1.0, tl.float32)")),
-        Wrong("the future is visible", "Mask the columns that come after the row.", ("(columns[None, :] <= rows[:, None]) & (columns[None, :] < length)", "columns[None, :] < length")),
-        Wrong("the running maximum is never kept", "m must carry over to the next tile: m = m_new.", ("        m = m_new\n", "")),
-        Wrong("no scale", "Multiply the scores with scale.", (' input_precision="ieee") * scale', ' input_precision="ieee")')),
+        Wrong(
+            "the old sums are not rescaled",
+            "When the maximum grows, l and o must shrink by exp(m_old - m_new).",
+            ("shrink = tl.exp(m - m_new)", "shrink = tl.full([BLOCK_M], 1.0, tl.float32)"),
+        ),
+        Wrong(
+            "the future is visible",
+            "Mask the columns that come after the row.",
+            ("(columns[None, :] <= rows[:, None]) & (columns[None, :] < length)", "columns[None, :] < length"),
+        ),
+        Wrong(
+            "the running maximum is never kept",
+            "m must carry over to the next tile: m = m_new.",
+            ("        m = m_new\n", ""),
+        ),
+        Wrong(
+            "no scale",
+            "Multiply the scores with scale.",
+            (' input_precision="ieee") * scale', ' input_precision="ieee")'),
+        ),
         Wrong("not divided by l", "o is a sum; the average needs the division at the end.", ("o / l[:, None]", "o")),
-        Wrong("no mask on the store", "The last program's rows reach past the end of the result.", ("o / l[:, None], mask=rows[:, None] < length)", "o / l[:, None])")),
+        Wrong(
+            "no mask on the store",
+            "The last program's rows reach past the end of the result.",
+            ("o / l[:, None], mask=rows[:, None] < length)", "o / l[:, None])"),
+        ),
     ),
 )
 
@@ -696,7 +877,9 @@ def _generate(attention: Callable[..., Tensor] | None, prompt: str, new_tokens: 
 
     from optinfer.course.exercises.real_model import default_model, greedy
 
-    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any) -> Any:
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+    ) -> Any:
         return attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
     model, tokenizer = default_model()
@@ -739,9 +922,24 @@ scale. The check lets the model talk with your function and compares the text wi
         "As attention.grouped_heads with one more dimension in front, and `visible` from attention.causal_mask.",
     ),
     wrong=(
-        Wrong("0 1 2 0 1 2 instead of 0 0 0 1 1 1", "Neighboring query heads share a key head: repeat_interleave, not repeat.", ("k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)", "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)")),
-        Wrong("a mask aligned at the top left", "While decoding, the one query is the last token; aligned at the top it sees only the first key.", (" + kv_len - q_len", "")),
-        Wrong("the future is visible in the prompt", "The model was trained never to see later tokens: its keys mean nothing to earlier queries.", ("scores.masked_fill(~visible, -math.inf)", "scores")),
+        Wrong(
+            "0 1 2 0 1 2 instead of 0 0 0 1 1 1",
+            "Neighboring query heads share a key head: repeat_interleave, not repeat.",
+            (
+                "k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)",
+                "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)",
+            ),
+        ),
+        Wrong(
+            "a mask aligned at the top left",
+            "While decoding, the one query is the last token; aligned at the top it sees only the first key.",
+            (" + kv_len - q_len", ""),
+        ),
+        Wrong(
+            "the future is visible in the prompt",
+            "The model was trained never to see later tokens: its keys mean nothing to earlier queries.",
+            ("scores.masked_fill(~visible, -math.inf)", "scores"),
+        ),
     ),
 )
 

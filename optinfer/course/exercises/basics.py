@@ -59,10 +59,26 @@ bytes = (parameters * bits + parameters / group_size * scale_bits) / 8
         "`total_bits = parameters * bits`, plus `parameters / group_size * scale_bits` if group_size; return `total_bits / 8`.",
     ),
     wrong=(
-        Wrong("bits taken for bytes", "A byte has 8 bits: 70B weights of 16 bits are 140 GB, not 1120.", ("return total_bits / 8", "return total_bits")),
-        Wrong("scales forgotten", "A 16-bit scale for 64 weights is a quarter bit each: 6 % of a 4-bit model.", ("if group_size:", "if False:")),
-        Wrong("one scale for every weight", "A group shares its scale: divide by group_size.", ("parameters / group_size * scale_bits", "parameters * scale_bits")),
-        Wrong("whole bytes for a weight", "Codes narrower than a byte are packed: do not round up to bytes.", ("parameters * bits\n", "parameters * 8 * -(-bits // 8)\n")),
+        Wrong(
+            "bits taken for bytes",
+            "A byte has 8 bits: 70B weights of 16 bits are 140 GB, not 1120.",
+            ("return total_bits / 8", "return total_bits"),
+        ),
+        Wrong(
+            "scales forgotten",
+            "A 16-bit scale for 64 weights is a quarter bit each: 6 % of a 4-bit model.",
+            ("if group_size:", "if False:"),
+        ),
+        Wrong(
+            "one scale for every weight",
+            "A group shares its scale: divide by group_size.",
+            ("parameters / group_size * scale_bits", "parameters * scale_bits"),
+        ),
+        Wrong(
+            "whole bytes for a weight",
+            "Codes narrower than a byte are packed: do not round up to bytes.",
+            ("parameters * bits\n", "parameters * 8 * -(-bits // 8)\n"),
+        ),
     ),
 )
 
@@ -110,10 +126,26 @@ slower one decides. At `intensity` FLOP per byte, what is the highest rate in FL
         "`return min(peak, intensity * bandwidth)`",
     ),
     wrong=(
-        Wrong("only the slope", "intensity × bandwidth grows without end; the cores cannot do more than their peak.", ("min(peak, intensity * bandwidth)", "intensity * bandwidth")),
-        Wrong("only the roof", "At low intensity the cores wait for memory: the peak is out of reach.", ("min(peak, intensity * bandwidth)", "peak")),
-        Wrong("the larger of the two", "The slower of two things that must both happen decides: min, not max.", ("min(", "max(")),
-        Wrong("adding both times", "Moving and computing overlap; adding them would mean that one waits for the other to end.", ("min(peak, intensity * bandwidth)", "1 / (1 / peak + 1 / (intensity * bandwidth))")),
+        Wrong(
+            "only the slope",
+            "intensity × bandwidth grows without end; the cores cannot do more than their peak.",
+            ("min(peak, intensity * bandwidth)", "intensity * bandwidth"),
+        ),
+        Wrong(
+            "only the roof",
+            "At low intensity the cores wait for memory: the peak is out of reach.",
+            ("min(peak, intensity * bandwidth)", "peak"),
+        ),
+        Wrong(
+            "the larger of the two",
+            "The slower of two things that must both happen decides: min, not max.",
+            ("min(", "max("),
+        ),
+        Wrong(
+            "adding both times",
+            "Moving and computing overlap; adding them would mean that one waits for the other to end.",
+            ("min(peak, intensity * bandwidth)", "1 / (1 / peak + 1 / (intensity * bandwidth))"),
+        ),
     ),
 )
 
@@ -160,15 +192,33 @@ each pair) and its bytes (input, weight and output, each moved once), and divide
         "`2 * batch * inputs * outputs / ((inputs * outputs + batch * inputs + batch * outputs) * itemsize)`",
     ),
     wrong=(
-        Wrong("the weight moved for every token", "The batch shares one trip of the weights: that is why batching helps at all.", ("(inputs * outputs + batch", "(batch * inputs * outputs + batch")),
-        Wrong("a multiply-add counted once", "By convention a multiply and an add are two FLOP; vendors' peaks count that way too.", ("2 * batch", "batch")),
-        Wrong("only the weights' bytes", "At large batches the activations weigh as much as the weights.", (" + batch * inputs + batch * outputs", "")),
-        Wrong("numbers taken for bytes", "Each number takes itemsize bytes: fewer bits mean more FLOP per byte.", (" * itemsize", "")),
+        Wrong(
+            "the weight moved for every token",
+            "The batch shares one trip of the weights: that is why batching helps at all.",
+            ("(inputs * outputs + batch", "(batch * inputs * outputs + batch"),
+        ),
+        Wrong(
+            "a multiply-add counted once",
+            "By convention a multiply and an add are two FLOP; vendors' peaks count that way too.",
+            ("2 * batch", "batch"),
+        ),
+        Wrong(
+            "only the weights' bytes",
+            "At large batches the activations weigh as much as the weights.",
+            (" + batch * inputs + batch * outputs", ""),
+        ),
+        Wrong(
+            "numbers taken for bytes",
+            "Each number takes itemsize bytes: fewer bits mean more FLOP per byte.",
+            (" * itemsize", ""),
+        ),
     ),
 )
 
 
-def decode_seconds(batch: int, weight_bytes: float, kv_bytes: float, flops_per_token: float, bandwidth: float, peak: float) -> float:
+def decode_seconds(
+    batch: int, weight_bytes: float, kv_bytes: float, flops_per_token: float, bandwidth: float, peak: float
+) -> float:
     """Time of one decoding step, by the roofline.
 
     batch: sequences, one new token each
@@ -209,11 +259,31 @@ the arithmetic is done for each sequence. Moving and computing overlap. How long
         "`max((weight_bytes + batch * kv_bytes) / bandwidth, batch * flops_per_token / peak)`",
     ),
     wrong=(
-        Wrong("the weights read for every sequence", "The batch shares one trip of the weights; that is what makes batching nearly free.", ("(weight_bytes + batch * kv_bytes)", "batch * (weight_bytes + kv_bytes)")),
-        Wrong("one KV cache for the whole batch", "Every sequence has its own cache; at long contexts it outweighs the weights.", ("batch * kv_bytes", "kv_bytes")),
-        Wrong("moving and computing one after the other", "They overlap: the longer one decides, the other hides behind it.", ("max(moving, computing)", "moving + computing")),
-        Wrong("counting arithmetic only", "At small batches the cores wait: a token takes as long as its bytes.", ("max(moving, computing)", "computing")),
-        Wrong("counting bytes only", "A large enough batch makes the cores the bottleneck.", ("max(moving, computing)", "moving")),
+        Wrong(
+            "the weights read for every sequence",
+            "The batch shares one trip of the weights; that is what makes batching nearly free.",
+            ("(weight_bytes + batch * kv_bytes)", "batch * (weight_bytes + kv_bytes)"),
+        ),
+        Wrong(
+            "one KV cache for the whole batch",
+            "Every sequence has its own cache; at long contexts it outweighs the weights.",
+            ("batch * kv_bytes", "kv_bytes"),
+        ),
+        Wrong(
+            "moving and computing one after the other",
+            "They overlap: the longer one decides, the other hides behind it.",
+            ("max(moving, computing)", "moving + computing"),
+        ),
+        Wrong(
+            "counting arithmetic only",
+            "At small batches the cores wait: a token takes as long as its bytes.",
+            ("max(moving, computing)", "computing"),
+        ),
+        Wrong(
+            "counting bytes only",
+            "A large enough batch makes the cores the bottleneck.",
+            ("max(moving, computing)", "moving"),
+        ),
     ),
 )
 
@@ -273,10 +343,26 @@ intensity (as in `linear_intensity`) is at least the ridge's.""",
         "`gain = 2 * inputs * outputs - ridge * itemsize * (inputs + outputs)`; None if gain <= 0; else `ceil(ridge * itemsize * inputs * outputs / gain)`.",
     ),
     wrong=(
-        Wrong("activations forgotten", "With weights only, the batch is ridge × itemsize / 2. The activations' bytes grow with the batch and push it up.", ("- ridge * itemsize * (inputs + outputs)", "")),
-        Wrong("no batch is too much to ask for", "A narrow layer's activations weigh as much as its work: its intensity stays below the ridge for ever.", ("if gain <= 0:\n        return None", "")),
-        Wrong("rounded down", "One token fewer than the crossover is still memory-bound: round up.", ("math.ceil(", "math.floor(")),
-        Wrong("the ridge upside down", "The ridge is peak / bandwidth: FLOP per byte.", ("peak / bandwidth", "bandwidth / peak")),
+        Wrong(
+            "activations forgotten",
+            "With weights only, the batch is ridge × itemsize / 2. The activations' bytes grow with the batch and push it up.",
+            ("- ridge * itemsize * (inputs + outputs)", ""),
+        ),
+        Wrong(
+            "no batch is too much to ask for",
+            "A narrow layer's activations weigh as much as its work: its intensity stays below the ridge for ever.",
+            ("if gain <= 0:\n        return None", ""),
+        ),
+        Wrong(
+            "rounded down",
+            "One token fewer than the crossover is still memory-bound: round up.",
+            ("math.ceil(", "math.floor("),
+        ),
+        Wrong(
+            "the ridge upside down",
+            "The ridge is peak / bandwidth: FLOP per byte.",
+            ("peak / bandwidth", "bandwidth / peak"),
+        ),
     ),
 )
 

@@ -55,11 +55,32 @@ log-likelihood (natural logarithm) over all predicted tokens.""",
         "`logits[:-1].double().log_softmax(-1).gather(1, tokens[1:, None])`, then `math.exp(-mean)`.",
     ),
     wrong=(
-        Wrong("no shift", "Row i has already seen token i: predicting it again is not what is asked. Row i belongs to token i + 1.", ("logits[:-1]", "logits"), ("tokens[1:, None]", "tokens[:, None]")),
-        Wrong("the mean of perplexities", "The exponential comes after the mean: exp(mean(nll)), not mean(exp(nll)).", ("math.exp(nll.mean())", "nll.exp().mean().item()")),
-        Wrong("the exponential forgotten", "The mean negative log-likelihood is the cross-entropy; perplexity is its exponential.", ("math.exp(nll.mean())", "nll.mean().item()")),
-        Wrong("bits mixed with nats", "exp goes with the natural logarithm; 2** would need log2.", ("math.exp(nll.mean())", "2 ** nll.mean().item()")),
-        Wrong("divided by the number of tokens", "The first token is predicted by nothing: length tokens make length - 1 predictions.", ("nll.mean()", "nll.sum() / len(tokens)")),
+        Wrong(
+            "no shift",
+            "Row i has already seen token i: predicting it again is not what is asked. Row i belongs to token i + 1.",
+            ("logits[:-1]", "logits"),
+            ("tokens[1:, None]", "tokens[:, None]"),
+        ),
+        Wrong(
+            "the mean of perplexities",
+            "The exponential comes after the mean: exp(mean(nll)), not mean(exp(nll)).",
+            ("math.exp(nll.mean())", "nll.exp().mean().item()"),
+        ),
+        Wrong(
+            "the exponential forgotten",
+            "The mean negative log-likelihood is the cross-entropy; perplexity is its exponential.",
+            ("math.exp(nll.mean())", "nll.mean().item()"),
+        ),
+        Wrong(
+            "bits mixed with nats",
+            "exp goes with the natural logarithm; 2** would need log2.",
+            ("math.exp(nll.mean())", "2 ** nll.mean().item()"),
+        ),
+        Wrong(
+            "divided by the number of tokens",
+            "The first token is predicted by nothing: length tokens make length - 1 predictions.",
+            ("nll.mean()", "nll.sum() / len(tokens)"),
+        ),
     ),
 )
 
@@ -88,7 +109,10 @@ def _hessian_cases(draw: Draw) -> Iterator[Case]:
     yield case("one batch", [draw.normal(10, 4)])
     yield case("batches of 3 and 17 tokens", [3 * draw.normal(3, 5), draw.normal(17, 5)])
     yield case("fewer tokens than inputs", [draw.normal(2, 6), draw.normal(1, 6)])
-    yield case("float16, large: its sums overflow", [300 * draw.normal(9, 3, dtype=torch.float16), draw.normal(4, 3, dtype=torch.float16)])
+    yield case(
+        "float16, large: its sums overflow",
+        [300 * draw.normal(9, 3, dtype=torch.float16), draw.normal(4, 3, dtype=torch.float16)],
+    )
 
 
 HESSIAN = Exercise(
@@ -112,10 +136,24 @@ H = 2 / n * sum(outer(x, x) for each of the n tokens)       # [in, in]
         "`total += x.float().T @ x.float()`; `count += len(x)`; `return 2 / count * total`",
     ),
     wrong=(
-        Wrong("the mean of the batches' means", "A batch of 3 tokens would weigh as much as one of 17: divide once, by all tokens.", ("total = total + x.T @ x", "total = total + x.T @ x / len(x)"), ("count += len(x)", "count += 1")),
-        Wrong("tokens by tokens", "x @ x.T compares tokens with each other; the weights' Hessian is [in, in].", ("x.T @ x", "x @ x.T")),
+        Wrong(
+            "the mean of the batches' means",
+            "A batch of 3 tokens would weigh as much as one of 17: divide once, by all tokens.",
+            ("total = total + x.T @ x", "total = total + x.T @ x / len(x)"),
+            ("count += len(x)", "count += 1"),
+        ),
+        Wrong(
+            "tokens by tokens",
+            "x @ x.T compares tokens with each other; the weights' Hessian is [in, in].",
+            ("x.T @ x", "x @ x.T"),
+        ),
         Wrong("the factor 2 forgotten", "The second derivative of a square is 2.", ("2 / count", "1 / count")),
-        Wrong("summed in half precision", "float16 ends at 65,504: squares of activations overflow. Convert before multiplying.", ("x = x.float()", "x = x"), ("2 / count * total", "(2 / count * total).float()")),
+        Wrong(
+            "summed in half precision",
+            "float16 ends at 65,504: squares of activations overflow. Convert before multiplying.",
+            ("x = x.float()", "x = x"),
+            ("2 / count * total", "(2 / count * total).float()"),
+        ),
     ),
 )
 
@@ -161,7 +199,12 @@ def _factor(hessian: Tensor) -> Tensor:
 
 
 def _gptq_step_cases(draw: Draw) -> Iterator[Case]:
-    for label, rows, columns, i in (("the first of 5 columns", 3, 5, 0), ("a middle column", 4, 7, 3), ("the last column", 2, 4, 3), ("one row of 12", 1, 12, 5)):
+    for label, rows, columns, i in (
+        ("the first of 5 columns", 3, 5, 0),
+        ("a middle column", 4, 7, 3),
+        ("the last column", 2, 4, 3),
+        ("one row of 12", 1, 12, 5),
+    ):
         weight = draw.normal(rows, columns, dtype=torch.float64)
         yield case(label, weight, _factor(_spd(draw, columns)), weight.abs().amax(1) / 5, i)
 
@@ -192,11 +235,34 @@ w[:, j] -= error * U[i, j]              # for every j > i
         "`error = (w[:, i] - rounded) / factor[i, i]`\n`w[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])`, on a clone of weight.",
     ),
     wrong=(
-        Wrong("the error is not divided by U[i, i]", "The factor's row holds U[i, i]² times what is needed: divide once by its diagonal.", (" / factor[i, i]", "")),
-        Wrong("the correction with the wrong sign", "If rounding took too much away, its neighbors must add it: subtract error × U.", ("] -= torch.outer", "] += torch.outer")),
-        Wrong("only rounding", "Without passing the error on, this is round to nearest: GPTQ's gain is the correction.", ("weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])", "pass")),
-        Wrong("the error counted in steps of the scale", "The correction is added to weights, so the error must be in their unit, not in codes.", ("error = (weight[:, i] - rounded) / factor", "error = (weight[:, i] - rounded) / scale / factor")),
-        Wrong("changing the quantized column again", "Column i is finished; start the correction at i + 1.", ("weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])", "weight[:, i:] -= torch.outer(error, factor[i, i:])")),
+        Wrong(
+            "the error is not divided by U[i, i]",
+            "The factor's row holds U[i, i]² times what is needed: divide once by its diagonal.",
+            (" / factor[i, i]", ""),
+        ),
+        Wrong(
+            "the correction with the wrong sign",
+            "If rounding took too much away, its neighbors must add it: subtract error × U.",
+            ("] -= torch.outer", "] += torch.outer"),
+        ),
+        Wrong(
+            "only rounding",
+            "Without passing the error on, this is round to nearest: GPTQ's gain is the correction.",
+            ("weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])", "pass"),
+        ),
+        Wrong(
+            "the error counted in steps of the scale",
+            "The correction is added to weights, so the error must be in their unit, not in codes.",
+            ("error = (weight[:, i] - rounded) / factor", "error = (weight[:, i] - rounded) / scale / factor"),
+        ),
+        Wrong(
+            "changing the quantized column again",
+            "Column i is finished; start the correction at i + 1.",
+            (
+                "weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])",
+                "weight[:, i:] -= torch.outer(error, factor[i, i:])",
+            ),
+        ),
     ),
 )
 
@@ -256,11 +322,31 @@ INVERSE_FACTOR = Exercise(
         "`torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)` after both repairs of the diagonal.",
     ),
     wrong=(
-        Wrong("the factor of the Hessian, not of its inverse", "GPTQ's corrections come from the inverse: invert first, then factor.", ("inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))", "inverse = hessian")),
-        Wrong("the inverse without its factor", "The rows of the inverse are right only for the first column; the Cholesky factor holds what remains after each step.", ("return torch.linalg.cholesky(inverse, upper=True)", "return inverse")),
-        Wrong("lower instead of upper", "Column i corrects the columns to its right: the factor must be upper triangular.", ("torch.linalg.cholesky(inverse, upper=True)", "torch.linalg.cholesky(inverse)")),
-        Wrong("a fixed amount of damping", "Activations of size 100 and of size 0.01 need different damping: it is relative to the mean of the diagonal.", ("damp * diagonal.mean()", "damp")),
-        Wrong("dead inputs forgotten", "A zero on the diagonal means that the input never occurred; give it a 1, so that it influences nothing.", ("diagonal[diagonal == 0] = 1.0", "pass")),
+        Wrong(
+            "the factor of the Hessian, not of its inverse",
+            "GPTQ's corrections come from the inverse: invert first, then factor.",
+            ("inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))", "inverse = hessian"),
+        ),
+        Wrong(
+            "the inverse without its factor",
+            "The rows of the inverse are right only for the first column; the Cholesky factor holds what remains after each step.",
+            ("return torch.linalg.cholesky(inverse, upper=True)", "return inverse"),
+        ),
+        Wrong(
+            "lower instead of upper",
+            "Column i corrects the columns to its right: the factor must be upper triangular.",
+            ("torch.linalg.cholesky(inverse, upper=True)", "torch.linalg.cholesky(inverse)"),
+        ),
+        Wrong(
+            "a fixed amount of damping",
+            "Activations of size 100 and of size 0.01 need different damping: it is relative to the mean of the diagonal.",
+            ("damp * diagonal.mean()", "damp"),
+        ),
+        Wrong(
+            "dead inputs forgotten",
+            "A zero on the diagonal means that the input never occurred; give it a 1, so that it influences nothing.",
+            ("diagonal[diagonal == 0] = 1.0", "pass"),
+        ),
     ),
 )
 
@@ -298,7 +384,11 @@ def _gptq_reference(weight: Tensor, hessian: Tensor) -> Tensor:
 def _gptq_cases(draw: Draw) -> Iterator[Case]:
     for label, rows, columns in (("3 x 4", 3, 4), ("8 x 16", 8, 16), ("one row of 31", 1, 31), ("32 x 24", 32, 24)):
         yield case(label, draw.normal(rows, columns, dtype=torch.float64), _spd(draw, columns))
-    yield case("inputs that are not correlated: round to nearest", draw.normal(4, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64))
+    yield case(
+        "inputs that are not correlated: round to nearest",
+        draw.normal(4, 6, dtype=torch.float64),
+        torch.eye(6, dtype=torch.float64),
+    )
 
 
 GPTQ = Exercise(
@@ -325,11 +415,34 @@ The measure of success is not the weights' error but the output's: `trace((W - Q
         "write, subtract the outer product from the columns after i.",
     ),
     wrong=(
-        Wrong("round to nearest", "The columns are rounded, but the errors are not passed on.", ("weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])", "pass")),
-        Wrong("the inverse itself instead of its factor", "After a column is fixed, the inverse of what remains changes; the Cholesky factor has that built in, the inverse does not.", ("torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)", "torch.linalg.inv(hessian)")),
-        Wrong("the factor of the Hessian", "Corrections come from the inverse Hessian: invert before factoring.", ("torch.linalg.inv(hessian), upper", "hessian, upper")),
-        Wrong("a new scale for every column", "The scale belongs to the row and is fixed before the first correction.", ("rounded = round_to_grid(weight[:, i], scale)", "rounded = round_to_grid(weight[:, i], weight.abs().amax(dim=1) / 7)")),
-        Wrong("the last column left as it was", "The loop must reach the last column too.", ("range(weight.shape[1])", "range(weight.shape[1] - 1)")),
+        Wrong(
+            "round to nearest",
+            "The columns are rounded, but the errors are not passed on.",
+            ("weight[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])", "pass"),
+        ),
+        Wrong(
+            "the inverse itself instead of its factor",
+            "After a column is fixed, the inverse of what remains changes; the Cholesky factor has that built in, the inverse does not.",
+            ("torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)", "torch.linalg.inv(hessian)"),
+        ),
+        Wrong(
+            "the factor of the Hessian",
+            "Corrections come from the inverse Hessian: invert before factoring.",
+            ("torch.linalg.inv(hessian), upper", "hessian, upper"),
+        ),
+        Wrong(
+            "a new scale for every column",
+            "The scale belongs to the row and is fixed before the first correction.",
+            (
+                "rounded = round_to_grid(weight[:, i], scale)",
+                "rounded = round_to_grid(weight[:, i], weight.abs().amax(dim=1) / 7)",
+            ),
+        ),
+        Wrong(
+            "the last column left as it was",
+            "The loop must reach the last column too.",
+            ("range(weight.shape[1])", "range(weight.shape[1] - 1)"),
+        ),
     ),
 )
 
@@ -383,10 +496,26 @@ s = s / sqrt(max(s) * min(s))                   # so that they spread evenly aro
         "`s = x.abs().mean(0).pow(alpha).clamp(min=1e-4)`\n`s / (s.max() * s.min()).sqrt()`",
     ),
     wrong=(
-        Wrong("the mean without magnitudes", "Positive and negative activations cancel: take abs() before the mean.", ("x.abs().mean(dim=0)", "x.mean(dim=0).abs()")),
-        Wrong("one scale per token", "The scales belong to the input channels: average over the tokens, dim 0.", ("mean(dim=0)", "mean(dim=1)")),
-        Wrong("not normalized", "Without the normalization large activations shift the scales of the whole layer, and float16 may overflow.", ("return scales / (scales.max() * scales.min()).sqrt()", "return scales")),
-        Wrong("the largest magnitude instead of the mean", "AWQ uses the mean; SmoothQuant uses the maximum.", ("x.abs().mean(dim=0)", "x.abs().amax(dim=0)")),
+        Wrong(
+            "the mean without magnitudes",
+            "Positive and negative activations cancel: take abs() before the mean.",
+            ("x.abs().mean(dim=0)", "x.mean(dim=0).abs()"),
+        ),
+        Wrong(
+            "one scale per token",
+            "The scales belong to the input channels: average over the tokens, dim 0.",
+            ("mean(dim=0)", "mean(dim=1)"),
+        ),
+        Wrong(
+            "not normalized",
+            "Without the normalization large activations shift the scales of the whole layer, and float16 may overflow.",
+            ("return scales / (scales.max() * scales.min()).sqrt()", "return scales"),
+        ),
+        Wrong(
+            "the largest magnitude instead of the mean",
+            "AWQ uses the mean; SmoothQuant uses the maximum.",
+            ("x.abs().mean(dim=0)", "x.abs().amax(dim=0)"),
+        ),
     ),
 )
 
@@ -420,7 +549,9 @@ def _awq_search_reference(weight: Tensor, x: Tensor, alphas: list[float]) -> tup
     errors = {}
     for alpha in alphas:
         s = _awq_scales_reference(x, alpha)
-        errors[alpha] = (((x / s) @ round_trip(weight * s).T).double() - x.double() @ weight.double().T).square().mean().item()
+        errors[alpha] = (
+            (((x / s) @ round_trip(weight * s).T).double() - x.double() @ weight.double().T).square().mean().item()
+        )
     best = min(errors, key=errors.get)
     return best, errors[best]
 
@@ -434,7 +565,9 @@ def _awq_search_cases(draw: Draw) -> Iterator[Case]:
         return size
 
     yield case("two loud channels of 16", draw.normal(8, 16), draw.normal(40, 16) * loud(16, 3, 9), grid)
-    yield case("one of 48, small weights there", draw.normal(16, 48) / loud(48, 5), draw.normal(32, 48) * loud(48, 5), grid)
+    yield case(
+        "one of 48, small weights there", draw.normal(16, 48) / loud(48, 5), draw.normal(32, 48) * loud(48, 5), grid
+    )
     yield case("a grid in another order", draw.normal(6, 12), draw.normal(20, 12) * loud(12, 0), [0.9, 0.0, 0.6, 0.3])
     yield case("all channels alike", draw.normal(8, 20), draw.normal(64, 20), grid)
 
@@ -468,11 +601,31 @@ Return the alpha with the smallest error, and that error.""",
         "`quantized = round_trip(weight * s) / s`\n`error = (x @ quantized.T - x @ weight.T).square().mean().item()`",
     ),
     wrong=(
-        Wrong("measured on the weights instead of the output", "Unweighted weight error does not know which inputs are loud. Compare x @ quantized.T with x @ weight.T.", ("(x @ quantized.T - wanted)", "(quantized - weight)")),
-        Wrong("the scaling is not undone", "Dividing by s again is what keeps the layer's function the same.", ("round_trip(weight * scales) / scales", "round_trip(weight * scales)")),
-        Wrong("scaled the wrong way round", "Loud channels must be multiplied up before rounding, not down.", ("round_trip(weight * scales) / scales", "round_trip(weight / scales) * scales")),
-        Wrong("the last instead of the best", "Keep the alpha with the smallest error, not the last one tried.", ("if error < best[1]:", "if True:")),
-        Wrong("rows scaled instead of columns", "The scales belong to input channels, the columns of weight [out, in].", ("x.abs().mean(dim=0).pow(alpha)", "weight.abs().mean(dim=0).pow(alpha)")),
+        Wrong(
+            "measured on the weights instead of the output",
+            "Unweighted weight error does not know which inputs are loud. Compare x @ quantized.T with x @ weight.T.",
+            ("(x @ quantized.T - wanted)", "(quantized - weight)"),
+        ),
+        Wrong(
+            "the scaling is not undone",
+            "Dividing by s again is what keeps the layer's function the same.",
+            ("round_trip(weight * scales) / scales", "round_trip(weight * scales)"),
+        ),
+        Wrong(
+            "scaled the wrong way round",
+            "Loud channels must be multiplied up before rounding, not down.",
+            ("round_trip(weight * scales) / scales", "round_trip(weight / scales) * scales"),
+        ),
+        Wrong(
+            "the last instead of the best",
+            "Keep the alpha with the smallest error, not the last one tried.",
+            ("if error < best[1]:", "if True:"),
+        ),
+        Wrong(
+            "rows scaled instead of columns",
+            "The scales belong to input channels, the columns of weight [out, in].",
+            ("x.abs().mean(dim=0).pow(alpha)", "weight.abs().mean(dim=0).pow(alpha)"),
+        ),
     ),
 )
 
@@ -490,7 +643,9 @@ def fake_quantize(x: Tensor, scale: float) -> Tensor:
     return passed + (rounded - passed).detach()
 
 
-def _with_gradient(answer: Callable[..., Tensor], x: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+def _with_gradient(
+    answer: Callable[..., Tensor], x: Tensor, scale: float, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """The result, and the gradient that reaches x when `upstream` comes back."""
     leaf = x.clone().requires_grad_()
     out = answer(leaf, scale)
@@ -535,11 +690,27 @@ backward:  1 where round(x / scale) is from -7 to 7, else 0
         "`inside = (x / scale).round().abs() <= 7`\n`passed = torch.where(inside, x, x.detach())`\n`passed + (rounded - passed).detach()`",
     ),
     wrong=(
-        Wrong("a gradient of zero", "round() has gradient 0 everywhere: nothing before it can learn.", ("return passed + (rounded - passed).detach()", "return (x / scale).round().clamp(-7, 7) * scale")),
-        Wrong("a gradient where the number was clipped", "A clipped number does not change the output: its gradient is 0.", ("torch.where(inside, x, x.detach())", "x")),
+        Wrong(
+            "a gradient of zero",
+            "round() has gradient 0 everywhere: nothing before it can learn.",
+            ("return passed + (rounded - passed).detach()", "return (x / scale).round().clamp(-7, 7) * scale"),
+        ),
+        Wrong(
+            "a gradient where the number was clipped",
+            "A clipped number does not change the output: its gradient is 0.",
+            ("torch.where(inside, x, x.detach())", "x"),
+        ),
         Wrong("no clamp", "Four bits end at ±7: what lies outside is clipped.", (".clamp(-7, 7)", "")),
-        Wrong("not rounded on the way forward", "The forward value must be what the quantized model would compute.", ("return passed + (rounded - passed).detach()", "return passed")),
-        Wrong("the gradient divided by the scale", "The division and the multiplication cancel: the gradient is 1, not 1/scale.", ("passed = torch.where(inside, x, x.detach())", "passed = torch.where(inside, x, x.detach()) / scale")),
+        Wrong(
+            "not rounded on the way forward",
+            "The forward value must be what the quantized model would compute.",
+            ("return passed + (rounded - passed).detach()", "return passed"),
+        ),
+        Wrong(
+            "the gradient divided by the scale",
+            "The division and the multiplication cancel: the gradient is 1, not 1/scale.",
+            ("passed = torch.where(inside, x, x.detach())", "passed = torch.where(inside, x, x.detach()) / scale"),
+        ),
     ),
 )
 

@@ -36,7 +36,9 @@ BYTES = Exercise(
 For every token, every layer keeps a key and a value for each key/value head, of `hidden_size / heads` numbers each.""",
     answer=kv_bytes_per_token,
     cases=_bytes_cases,
-    reference=lambda layers, hidden_size, heads, kv_heads, itemsize: sum(itemsize for _ in range(layers * kv_heads) for _ in ("k", "v")) * (hidden_size // heads),
+    reference=lambda layers, hidden_size, heads, kv_heads, itemsize: (
+        sum(itemsize for _ in range(layers * kv_heads) for _ in ("k", "v")) * (hidden_size // heads)
+    ),
     hints=(
         "Keys *and* values; which heads keep them?",
         "2 × layers × kv_heads × head dimension × bytes, with head dimension = hidden_size / heads.",
@@ -44,7 +46,11 @@ For every token, every layer keeps a key and a value for each key/value head, of
     ),
     wrong=(
         Wrong("keys without values", "Both are kept: a factor of 2.", ("2 * layers", "layers")),
-        Wrong("query heads counted", "With GQA several query heads share one key/value head: count kv_heads, not heads.", ("kv_heads * (", "heads * (")),
+        Wrong(
+            "query heads counted",
+            "With GQA several query heads share one key/value head: count kv_heads, not heads.",
+            ("kv_heads * (", "heads * ("),
+        ),
         Wrong("one layer only", "Each layer has its own keys and values.", ("2 * layers", "2")),
         Wrong("bits for bytes", "itemsize is in bytes already.", ("* itemsize", "* itemsize * 8")),
     ),
@@ -92,9 +98,21 @@ most part of its last one. Count the empty slots of both.""",
         "`-n % block_size` is what is missing to the next multiple.",
     ),
     wrong=(
-        Wrong("an empty block for a full one", "A length that fills its blocks exactly wastes nothing: block_size - n % block_size says a whole block.", ("-n % block_size", "block_size - n % block_size")),
-        Wrong("filled slots instead of empty ones", "n % block_size is how much the last block holds.", ("-n % block_size", "n % block_size")),
-        Wrong("waste counted in blocks", "Count slots, not blocks.", ("sum(-n % block_size for n in lengths)", "sum(n % block_size > 0 for n in lengths)")),
+        Wrong(
+            "an empty block for a full one",
+            "A length that fills its blocks exactly wastes nothing: block_size - n % block_size says a whole block.",
+            ("-n % block_size", "block_size - n % block_size"),
+        ),
+        Wrong(
+            "filled slots instead of empty ones",
+            "n % block_size is how much the last block holds.",
+            ("-n % block_size", "n % block_size"),
+        ),
+        Wrong(
+            "waste counted in blocks",
+            "Count slots, not blocks.",
+            ("sum(-n % block_size for n in lengths)", "sum(n % block_size > 0 for n in lengths)"),
+        ),
     ),
 )
 
@@ -140,9 +158,17 @@ The block table is a page table: logical block `i // block_size` of a sequence l
         "`[block_table[i // block_size] * block_size + i % block_size for i in range(start, end)]`",
     ),
     wrong=(
-        Wrong("the table was not asked", "Logical and physical positions differ: look the block up.", ("block_table[i // block_size]", "(i // block_size)")),
+        Wrong(
+            "the table was not asked",
+            "Logical and physical positions differ: look the block up.",
+            ("block_table[i // block_size]", "(i // block_size)"),
+        ),
         Wrong("only blocks, no offsets", "Each token has its own slot in the block.", (" + i % block_size", "")),
-        Wrong("offset counted from start", "The offset is that of the token's position, not of its place among the new ones.", ("i % block_size", "(i - start) % block_size")),
+        Wrong(
+            "offset counted from start",
+            "The offset is that of the token's position, not of its place among the new ones.",
+            ("i % block_size", "(i - start) % block_size"),
+        ),
     ),
 )
 
@@ -195,11 +221,31 @@ never run, and would keep others from running): return None. Leave the list that
         "`needed = -(-num_tokens // block_size)`; None if more than len(free); else `free[:needed], free[needed:]`",
     ),
     wrong=(
-        Wrong("rounded down", "33 tokens need three blocks of 16: round up.", ("-(-num_tokens // block_size)", "num_tokens // block_size")),
-        Wrong("always one block more", "A length that fills its blocks exactly needs no further one yet.", ("-(-num_tokens // block_size)", "num_tokens // block_size + 1")),
-        Wrong("part of what was asked for", "All or nothing: too few blocks means None.", ("if needed > len(free):\n        return None", "")),
-        Wrong("the last block cannot be taken", "Needing as many as there are is fine.", ("needed > len(free)", "needed >= len(free)")),
-        Wrong("tokens compared with blocks", "One block holds block_size tokens.", ("if needed > len(free)", "if num_tokens > len(free)")),
+        Wrong(
+            "rounded down",
+            "33 tokens need three blocks of 16: round up.",
+            ("-(-num_tokens // block_size)", "num_tokens // block_size"),
+        ),
+        Wrong(
+            "always one block more",
+            "A length that fills its blocks exactly needs no further one yet.",
+            ("-(-num_tokens // block_size)", "num_tokens // block_size + 1"),
+        ),
+        Wrong(
+            "part of what was asked for",
+            "All or nothing: too few blocks means None.",
+            ("if needed > len(free):\n        return None", ""),
+        ),
+        Wrong(
+            "the last block cannot be taken",
+            "Needing as many as there are is fine.",
+            ("needed > len(free)", "needed >= len(free)"),
+        ),
+        Wrong(
+            "tokens compared with blocks",
+            "One block holds block_size tokens.",
+            ("if needed > len(free)", "if num_tokens > len(free)"),
+        ),
     ),
 )
 
@@ -223,7 +269,9 @@ def make_writable(
     return block, target
 
 
-def _write_script(answer: Callable[..., Any], sharing: dict[str, list[int]], writes: list[tuple[str, int]], block_size: int) -> list[Any]:
+def _write_script(
+    answer: Callable[..., Any], sharing: dict[str, list[int]], writes: list[tuple[str, int]], block_size: int
+) -> list[Any]:
     """What came back from each write, and the state afterwards."""
     tables = {seq: list(table) for seq, table in sharing.items()}
     ref_count: dict[int, int] = {}
@@ -285,11 +333,34 @@ The last one to write owns the original and needs no copy.""",
         "`block = tables[seq][position // block_size]`; return None if `ref_count[block] == 1`; else pop a target and correct counts and table.",
     ),
     wrong=(
-        Wrong("always a copy", "With one user there is nobody to protect: write in place.", ("if ref_count[block] == 1:", "if False:")),
-        Wrong("never a copy", "The other sequences would see this one's tokens.", ("if ref_count[block] == 1:", "if True:")),
-        Wrong("the old block's count stays", "This sequence no longer uses it: count down, or it is never freed and always copied.", ("    ref_count[block] -= 1\n", "")),
-        Wrong("everybody moves to the copy", "Only the writer gets the new block; the others keep the old one.", ("tables[seq][index] = target", "[t.__setitem__(t.index(block), target) for t in tables.values() if block in t]")),
-        Wrong("the first block instead of the written one", "The position says which block of the table is meant.", ("index = position // block_size", "index = 0")),
+        Wrong(
+            "always a copy",
+            "With one user there is nobody to protect: write in place.",
+            ("if ref_count[block] == 1:", "if False:"),
+        ),
+        Wrong(
+            "never a copy",
+            "The other sequences would see this one's tokens.",
+            ("if ref_count[block] == 1:", "if True:"),
+        ),
+        Wrong(
+            "the old block's count stays",
+            "This sequence no longer uses it: count down, or it is never freed and always copied.",
+            ("    ref_count[block] -= 1\n", ""),
+        ),
+        Wrong(
+            "everybody moves to the copy",
+            "Only the writer gets the new block; the others keep the old one.",
+            (
+                "tables[seq][index] = target",
+                "[t.__setitem__(t.index(block), target) for t in tables.values() if block in t]",
+            ),
+        ),
+        Wrong(
+            "the first block instead of the written one",
+            "The position says which block of the table is meant.",
+            ("index = position // block_size", "index = 0"),
+        ),
     ),
 )
 
@@ -348,9 +419,21 @@ Only full blocks get a hash; the last, growing one has none yet.""",
         "`parent = combine(parent, tuple(tokens[start : start + block_size]))`, append, for starts of full blocks only.",
     ),
     wrong=(
-        Wrong("hashes that know nothing of the prefix", "The same tokens after another beginning have other keys and values: chain the hashes.", ("combine(parent, tuple", "combine(0, tuple")),
-        Wrong("the partial block hashed too", "A block that still grows has no final content.", ("len(tokens) - block_size + 1", "len(tokens)")),
-        Wrong("the last full block forgotten", "A length that is a multiple of the block size has no partial block.", ("len(tokens) - block_size + 1", "len(tokens) - block_size")),
+        Wrong(
+            "hashes that know nothing of the prefix",
+            "The same tokens after another beginning have other keys and values: chain the hashes.",
+            ("combine(parent, tuple", "combine(0, tuple"),
+        ),
+        Wrong(
+            "the partial block hashed too",
+            "A block that still grows has no final content.",
+            ("len(tokens) - block_size + 1", "len(tokens)"),
+        ),
+        Wrong(
+            "the last full block forgotten",
+            "A length that is a multiple of the block size has no partial block.",
+            ("len(tokens) - block_size + 1", "len(tokens) - block_size"),
+        ),
     ),
 )
 
@@ -407,10 +490,22 @@ nothing to sample from. So a prompt that is known completely gives back its last
         "`for value in hashes[: (num_tokens - 1) // block_size]: if value not in known: break; hits += 1`",
     ),
     wrong=(
-        Wrong("the whole prompt taken from the cache", "Zero tokens to compute means no logits: engines have crashed on this. Keep at least the last token.", ("(num_tokens - 1) // block_size", "num_tokens // block_size")),
-        Wrong("going on after a miss", "A later block's keys depend on the missing one; its hash would not even match. Stop at the first miss.", ("break", "continue")),
+        Wrong(
+            "the whole prompt taken from the cache",
+            "Zero tokens to compute means no logits: engines have crashed on this. Keep at least the last token.",
+            ("(num_tokens - 1) // block_size", "num_tokens // block_size"),
+        ),
+        Wrong(
+            "going on after a miss",
+            "A later block's keys depend on the missing one; its hash would not even match. Stop at the first miss.",
+            ("break", "continue"),
+        ),
         Wrong("blocks instead of tokens", "Each hit saves block_size tokens.", ("hits * block_size", "hits")),
-        Wrong("always one block fewer", "Only a prompt that ends exactly with a block must give one back.", ("(num_tokens - 1) // block_size", "len(hashes) - 1")),
+        Wrong(
+            "always one block fewer",
+            "Only a prompt that ends exactly with a block must give one back.",
+            ("(num_tokens - 1) // block_size", "len(hashes) - 1"),
+        ),
     ),
 )
 
@@ -466,11 +561,21 @@ def _queue_reference(blocks: list[int], script: list[tuple[str, Any]]) -> list[A
 
 def _queue_cases(draw: Draw) -> Iterator[Case]:
     yield case("take three", [0, 1, 2, 3], [("take", 0)] * 3)
-    yield case("release and take again", [0, 1, 2], [("take", 0), ("take", 0), ("release", [0, 1]), ("take", 0), ("take", 0)])
+    yield case(
+        "release and take again", [0, 1, 2], [("take", 0), ("take", 0), ("release", [0, 1]), ("take", 0), ("take", 0)]
+    )
     yield case("a hit in the middle", [4, 5, 6, 7], [("hit", 6), ("take", 0), ("take", 0), ("take", 0)])
-    yield case("two sequences end", [9], [("release", [1, 2, 3]), ("release", [4, 5]), ("take", 0), ("take", 0), ("hit", 4), ("take", 0)])
+    yield case(
+        "two sequences end",
+        [9],
+        [("release", [1, 2, 3]), ("release", [4, 5]), ("take", 0), ("take", 0), ("hit", 4), ("take", 0)],
+    )
     blocks = draw.random.sample(range(40), 12)
-    yield case("random", blocks[:4], [("take", 0), ("release", blocks[4:9]), ("hit", blocks[6]), ("take", 0), ("release", blocks[9:]), ("take", 0)])
+    yield case(
+        "random",
+        blocks[:4],
+        [("take", 0), ("release", blocks[4:9]), ("hit", blocks[6]), ("take", 0), ("release", blocks[9:]), ("take", 0)],
+    )
 
 
 EVICTION = Exercise(
@@ -492,10 +597,26 @@ when a sequence ends, its *tail* should go before its *head*: others may share t
         "`self.queue += reversed(block_table)`, `return self.queue.pop(0)`, `self.queue.remove(block)`",
     ),
     wrong=(
-        Wrong("the head goes before the tail", "The beginning of a prompt is shared by many, its end by nobody: reverse the table.", ("reversed(block_table)", "block_table")),
-        Wrong("the latest freed is taken first", "A stack overwrites what was just freed and is likeliest to be hit; take the oldest.", ("self.queue.pop(0)", "self.queue.pop()")),
-        Wrong("freed blocks jump the queue", "They were used last, so they are overwritten last: append.", ("self.queue += reversed(block_table)", "self.queue[:0] = reversed(block_table)")),
-        Wrong("a block that was hit stays free", "Somebody uses it now: it must not be handed out again.", ("self.queue.remove(block)", "pass")),
+        Wrong(
+            "the head goes before the tail",
+            "The beginning of a prompt is shared by many, its end by nobody: reverse the table.",
+            ("reversed(block_table)", "block_table"),
+        ),
+        Wrong(
+            "the latest freed is taken first",
+            "A stack overwrites what was just freed and is likeliest to be hit; take the oldest.",
+            ("self.queue.pop(0)", "self.queue.pop()"),
+        ),
+        Wrong(
+            "freed blocks jump the queue",
+            "They were used last, so they are overwritten last: append.",
+            ("self.queue += reversed(block_table)", "self.queue[:0] = reversed(block_table)"),
+        ),
+        Wrong(
+            "a block that was hit stays free",
+            "Somebody uses it now: it must not be handed out again.",
+            ("self.queue.remove(block)", "pass"),
+        ),
     ),
 )
 
@@ -557,9 +678,24 @@ ever making the gathered copy.""",
         "`k = k_cache[block_table].flatten(0, 1)[:length]`, v likewise; repeat_interleave the heads; two einsums with a softmax between.",
     ),
     wrong=(
-        Wrong("the rest of the last block attended to", "Its slots hold garbage of whoever was there before: cut at length.", ("[:length]", "")),
-        Wrong("the table was not asked", "The sequence's blocks are anywhere in the cache.", ("cache[block_table]", "cache[: len(block_table)]")),
-        Wrong("0 1 0 1 instead of 0 0 1 1", "Neighboring query heads share a head: repeat_interleave.", ("k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)", "k.repeat(1, group, 1), v.repeat(1, group, 1)")),
+        Wrong(
+            "the rest of the last block attended to",
+            "Its slots hold garbage of whoever was there before: cut at length.",
+            ("[:length]", ""),
+        ),
+        Wrong(
+            "the table was not asked",
+            "The sequence's blocks are anywhere in the cache.",
+            ("cache[block_table]", "cache[: len(block_table)]"),
+        ),
+        Wrong(
+            "0 1 0 1 instead of 0 0 1 1",
+            "Neighboring query heads share a head: repeat_interleave.",
+            (
+                "k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)",
+                "k.repeat(1, group, 1), v.repeat(1, group, 1)",
+            ),
+        ),
         Wrong("no scale", "Divide the scores by sqrt(dim).", (" / math.sqrt(q.shape[-1])", "")),
     ),
 )
@@ -672,9 +808,21 @@ text with what it says with its own cache. A block is taken only when a token ne
         "append: loop over the tokens; gather: `self.k[self.block_table].flatten(0, 1)[: self.length].transpose(0, 1)`.",
     ),
     wrong=(
-        Wrong("a block for every call", "A decoding step brings one token: it belongs into the last block while that has room.", ("if self.length % self.block_size == 0:", "if i == 0 or self.length % self.block_size == 0:")),
-        Wrong("empty slots returned too", "What lies behind the last token are zeros, and the model attends to them: cut at length.", ("[: self.length]", "")),
-        Wrong("blocks in the order of their numbers", "The table says which block comes first, not the number.", ("pool[self.block_table]", "pool[sorted(self.block_table)]")),
+        Wrong(
+            "a block for every call",
+            "A decoding step brings one token: it belongs into the last block while that has room.",
+            ("if self.length % self.block_size == 0:", "if i == 0 or self.length % self.block_size == 0:"),
+        ),
+        Wrong(
+            "empty slots returned too",
+            "What lies behind the last token are zeros, and the model attends to them: cut at length.",
+            ("[: self.length]", ""),
+        ),
+        Wrong(
+            "blocks in the order of their numbers",
+            "The table says which block comes first, not the number.",
+            ("pool[self.block_table]", "pool[sorted(self.block_table)]"),
+        ),
     ),
 )
 

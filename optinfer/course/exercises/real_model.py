@@ -33,5 +33,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: 
 
 def chat(tokenizer: Any, prompt: str) -> Any:
     """A prompt as token ids ``[1, length]``, in the model's chat format."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer(text, return_tensors="pt").input_ids

@@ -53,10 +53,28 @@ pass yields the accepted ones and one more: the correction, or a bonus when all 
         "`(1 - alpha ** (gamma + 1)) / (1 - alpha)`, and `gamma + 1` for alpha = 1; or simply the sum.",
     ),
     wrong=(
-        Wrong("every token counted as alpha", "A token counts only if all before it were accepted: 1 + alpha·gamma is too much.", ("return (1 - alpha ** (gamma + 1)) / (1 - alpha)", "return 1 + alpha * gamma")),
-        Wrong("the target's own token forgotten", "Even if everything is rejected, the pass yields one token.", ("return (1 - alpha ** (gamma + 1)) / (1 - alpha)", "return (1 - alpha ** (gamma + 1)) / (1 - alpha) - 1"), ("gamma + 1.0", "gamma + 0.0")),
-        Wrong("one term of the series too few", "The sum has gamma + 1 terms: with all accepted there is a bonus token.", ("alpha ** (gamma + 1)", "alpha ** gamma"), ("gamma + 1.0", "gamma + 0.0")),
-        Wrong("dividing by zero at alpha = 1", "A perfect draft makes 0/0: its limit is gamma + 1.", ("if alpha == 1:", "if False:")),
+        Wrong(
+            "every token counted as alpha",
+            "A token counts only if all before it were accepted: 1 + alpha·gamma is too much.",
+            ("return (1 - alpha ** (gamma + 1)) / (1 - alpha)", "return 1 + alpha * gamma"),
+        ),
+        Wrong(
+            "the target's own token forgotten",
+            "Even if everything is rejected, the pass yields one token.",
+            ("return (1 - alpha ** (gamma + 1)) / (1 - alpha)", "return (1 - alpha ** (gamma + 1)) / (1 - alpha) - 1"),
+            ("gamma + 1.0", "gamma + 0.0"),
+        ),
+        Wrong(
+            "one term of the series too few",
+            "The sum has gamma + 1 terms: with all accepted there is a bonus token.",
+            ("alpha ** (gamma + 1)", "alpha ** gamma"),
+            ("gamma + 1.0", "gamma + 0.0"),
+        ),
+        Wrong(
+            "dividing by zero at alpha = 1",
+            "A perfect draft makes 0/0: its limit is gamma + 1.",
+            ("if alpha == 1:", "if False:"),
+        ),
     ),
 )
 
@@ -102,10 +120,26 @@ a drafted token is accepted, over all tokens that may be drafted?""",
         "`torch.minimum(p, q).sum(dim=-1)`",
     ),
     wrong=(
-        Wrong("as if both drew independently", "sum(p·q) is the chance that two independent draws agree; acceptance is larger.", ("torch.minimum(p, q)", "(p * q)")),
-        Wrong("the agreement of the most likely tokens", "argmax agreement is acceptance for greedy decoding only.", ("torch.minimum(p, q).sum(dim=-1)", "(p.argmax(-1) == q.argmax(-1)).to(p.dtype)")),
-        Wrong("not weighted by what is drafted", "The mean of min(1, p/q) counts tokens that are never drafted as much as common ones.", ("torch.minimum(p, q).sum(dim=-1)", "(p / q.clamp(min=1e-9)).clamp(max=1).mean(dim=-1)")),
-        Wrong("summed over all positions", "Each position has its own acceptance: sum over the vocabulary only.", (".sum(dim=-1)", ".sum()")),
+        Wrong(
+            "as if both drew independently",
+            "sum(p·q) is the chance that two independent draws agree; acceptance is larger.",
+            ("torch.minimum(p, q)", "(p * q)"),
+        ),
+        Wrong(
+            "the agreement of the most likely tokens",
+            "argmax agreement is acceptance for greedy decoding only.",
+            ("torch.minimum(p, q).sum(dim=-1)", "(p.argmax(-1) == q.argmax(-1)).to(p.dtype)"),
+        ),
+        Wrong(
+            "not weighted by what is drafted",
+            "The mean of min(1, p/q) counts tokens that are never drafted as much as common ones.",
+            ("torch.minimum(p, q).sum(dim=-1)", "(p / q.clamp(min=1e-9)).clamp(max=1).mean(dim=-1)"),
+        ),
+        Wrong(
+            "summed over all positions",
+            "Each position has its own acceptance: sum over the vocabulary only.",
+            (".sum(dim=-1)", ".sum()"),
+        ),
     ),
 )
 
@@ -153,11 +187,29 @@ return p.""",
         "`left = (p - q).clamp(min=0)`; `left / left.sum()` if the sum is positive, else p.",
     ),
     wrong=(
-        Wrong("sampling from the target again", "Tokens that the draft proposes often would come out too often: the output would not follow p.", ("left = (p - q).clamp(min=0)", "left = p.clone()")),
-        Wrong("draft and target swapped", "What is missing is where the target wants more: p - q.", ("(p - q)", "(q - p)")),
-        Wrong("not normalized", "The differences sum to less than one: divide.", ("return left / total if total > 0 else p.clone()", "return left if total > 0 else p.clone()")),
-        Wrong("the absolute difference", "Where the draft proposes too much nothing is missing: clamp at 0.", (".clamp(min=0)", ".abs()")),
-        Wrong("0/0 where p = q", "Nothing is left: return p instead of dividing by zero.", (" if total > 0 else p.clone()", "")),
+        Wrong(
+            "sampling from the target again",
+            "Tokens that the draft proposes often would come out too often: the output would not follow p.",
+            ("left = (p - q).clamp(min=0)", "left = p.clone()"),
+        ),
+        Wrong(
+            "draft and target swapped", "What is missing is where the target wants more: p - q.", ("(p - q)", "(q - p)")
+        ),
+        Wrong(
+            "not normalized",
+            "The differences sum to less than one: divide.",
+            ("return left / total if total > 0 else p.clone()", "return left if total > 0 else p.clone()"),
+        ),
+        Wrong(
+            "the absolute difference",
+            "Where the draft proposes too much nothing is missing: clamp at 0.",
+            (".clamp(min=0)", ".abs()"),
+        ),
+        Wrong(
+            "0/0 where p = q",
+            "Nothing is left: return p instead of dividing by zero.",
+            (" if total > 0 else p.clone()", ""),
+        ),
     ),
 )
 
@@ -208,17 +260,38 @@ tokens up to the first disagreement, then the target's own token there. If all a
         "`while accepted < len(draft) and draft[accepted] == choices[accepted]: accepted += 1`; `draft[:accepted] + [choices[accepted]]`",
     ),
     wrong=(
-        Wrong("agreements after a mistake count", "What follows a wrong token was computed for another text: stop at the first disagreement.", ("    while accepted < len(draft) and draft[accepted] == choices[accepted]:\n        accepted += 1\n", "    accepted = sum(a == b for a, b in zip(draft, choices))\n")),
-        Wrong("no token of the target's own", "Each pass yields one more token; without it a bad draft would never advance.", (" + [choices[accepted]]", "")),
-        Wrong("no bonus when all agree", "The pass computed the choice after the last drafted token as well.", (" + [choices[accepted]]", " + choices[accepted : accepted + 1] * (accepted < len(draft))")),
-        Wrong("the wrong token kept", "The first disagreement is where the target's own choice belongs.", ("draft[:accepted] + [choices[accepted]]", "draft[: accepted + 1] + choices[accepted + 1 : accepted + 2]")),
+        Wrong(
+            "agreements after a mistake count",
+            "What follows a wrong token was computed for another text: stop at the first disagreement.",
+            (
+                "    while accepted < len(draft) and draft[accepted] == choices[accepted]:\n        accepted += 1\n",
+                "    accepted = sum(a == b for a, b in zip(draft, choices))\n",
+            ),
+        ),
+        Wrong(
+            "no token of the target's own",
+            "Each pass yields one more token; without it a bad draft would never advance.",
+            (" + [choices[accepted]]", ""),
+        ),
+        Wrong(
+            "no bonus when all agree",
+            "The pass computed the choice after the last drafted token as well.",
+            (" + [choices[accepted]]", " + choices[accepted : accepted + 1] * (accepted < len(draft))"),
+        ),
+        Wrong(
+            "the wrong token kept",
+            "The first disagreement is where the target's own choice belongs.",
+            ("draft[:accepted] + [choices[accepted]]", "draft[: accepted + 1] + choices[accepted + 1 : accepted + 2]"),
+        ),
     ),
 )
 
 
 def pick(distribution: Tensor, u: float) -> int:
     """The token that a uniform number u from [0, 1) stands for."""
-    return int((distribution.double().cumsum(0) <= u * distribution.double().sum()).sum().clamp(max=len(distribution) - 1))
+    return int(
+        (distribution.double().cumsum(0) <= u * distribution.double().sum()).sum().clamp(max=len(distribution) - 1)
+    )
 
 
 def rejection_sample(draft: list[int], q: Tensor, p: Tensor, u: list[float], u_last: float) -> list[int]:
@@ -267,8 +340,16 @@ def _law_cases(draw: Draw) -> Iterator[Case]:
     tenth = torch.tensor([[0.1, 0.2, 0.7], [0.4, 0.4, 0.2]], dtype=torch.float64)
     half = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
     yield case("the law of the first token, all numbers tried", half, tenth, [], [], 0.0)
-    for label, gamma, sharp in (("3 drafted of a vocabulary of 5", 3, 1.0), ("4 drafted, sharp", 4, 3.0), ("6 drafted", 6, 0.6), ("one drafted", 1, 2.0)):
-        q, p = draw.probabilities(gamma, 5, sharp=sharp).double(), draw.probabilities(gamma + 1, 5, sharp=sharp).double()
+    for label, gamma, sharp in (
+        ("3 drafted of a vocabulary of 5", 3, 1.0),
+        ("4 drafted, sharp", 4, 3.0),
+        ("6 drafted", 6, 0.6),
+        ("one drafted", 1, 2.0),
+    ):
+        q, p = (
+            draw.probabilities(gamma, 5, sharp=sharp).double(),
+            draw.probabilities(gamma + 1, 5, sharp=sharp).double(),
+        )
         draft = [pick(q[i], draw.random.random()) for i in range(gamma)]
         yield case(label, q, p, draft, [draw.random.random() for _ in draft], draw.random.random())
     yield case("everything accepted", half.repeat(2, 1), torch.cat([half, half, tenth[:1]]), [0, 2], [0.99, 0.99], 0.95)
@@ -300,11 +381,31 @@ The emitted tokens then follow p exactly, whatever q is. The check enumerates th
         "`for i, token in enumerate(draft): if u[i] * q[i, token] >= p[i, token]: return draft[:i] + [pick((p[i] - q[i]).clamp(min=0), u_last)]`; after the loop `draft + [pick(p[-1], u_last)]`.",
     ),
     wrong=(
-        Wrong("the correction from the target itself", "What the draft proposes often would come out too often. Sample the correction from max(p - q, 0).", ("left = (p[i] - q[i]).clamp(min=0)", "left = p[i]")),
-        Wrong("accepting whatever the target likes better than half", "The probability of acceptance is min(1, p/q), drawn with u.", ("u[i] * q[i, token] >= p[i, token]", "p[i, token] < 0.5 * q[i, token]")),
-        Wrong("draft and target swapped", "Accept with p/q: the target over the draft.", ("u[i] * q[i, token] >= p[i, token]", "u[i] * p[i, token] >= q[i, token]")),
-        Wrong("everything accepted", "Without rejections the output follows the draft.", ("if u[i] * q[i, token] >= p[i, token]:", "if False:")),
-        Wrong("no bonus when all are accepted", "The pass has already computed the next distribution: use it.", ("return draft + [pick(p[len(draft)], u_last)]", "return draft")),
+        Wrong(
+            "the correction from the target itself",
+            "What the draft proposes often would come out too often. Sample the correction from max(p - q, 0).",
+            ("left = (p[i] - q[i]).clamp(min=0)", "left = p[i]"),
+        ),
+        Wrong(
+            "accepting whatever the target likes better than half",
+            "The probability of acceptance is min(1, p/q), drawn with u.",
+            ("u[i] * q[i, token] >= p[i, token]", "p[i, token] < 0.5 * q[i, token]"),
+        ),
+        Wrong(
+            "draft and target swapped",
+            "Accept with p/q: the target over the draft.",
+            ("u[i] * q[i, token] >= p[i, token]", "u[i] * p[i, token] >= q[i, token]"),
+        ),
+        Wrong(
+            "everything accepted",
+            "Without rejections the output follows the draft.",
+            ("if u[i] * q[i, token] >= p[i, token]:", "if False:"),
+        ),
+        Wrong(
+            "no bonus when all are accepted",
+            "The pass has already computed the next distribution: use it.",
+            ("return draft + [pick(p[len(draft)], u_last)]", "return draft"),
+        ),
     ),
 )
 
@@ -363,11 +464,31 @@ try a shorter one. The run at the end itself does not count, but an earlier one 
         "`for n in range(min(max_ngram, len(tokens) - 1), 0, -1): for start in range(len(tokens) - n - 1, -1, -1): if tokens[start:start + n] == tokens[-n:]: return …`",
     ),
     wrong=(
-        Wrong("the first occurrence instead of the latest", "Text near the end is more likely to be what is being continued: search backwards.", ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n)")),
-        Wrong("finding the end itself", "The last n tokens match themselves, and nothing follows them: start one place earlier.", ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n, -1, -1)")),
-        Wrong("short runs first", "A longer match predicts better: begin with max_ngram.", ("range(min(max_ngram, len(tokens) - 1), 0, -1)", "range(1, min(max_ngram, len(tokens) - 1) + 1)")),
-        Wrong("proposing the run itself", "The proposal is what comes after the match.", ("tokens[start + n : start + n + num_draft]", "tokens[start : start + num_draft]")),
-        Wrong("more than was asked for", "At most num_draft tokens.", ("tokens[start + n : start + n + num_draft]", "tokens[start + n :]")),
+        Wrong(
+            "the first occurrence instead of the latest",
+            "Text near the end is more likely to be what is being continued: search backwards.",
+            ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n)"),
+        ),
+        Wrong(
+            "finding the end itself",
+            "The last n tokens match themselves, and nothing follows them: start one place earlier.",
+            ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n, -1, -1)"),
+        ),
+        Wrong(
+            "short runs first",
+            "A longer match predicts better: begin with max_ngram.",
+            ("range(min(max_ngram, len(tokens) - 1), 0, -1)", "range(1, min(max_ngram, len(tokens) - 1) + 1)"),
+        ),
+        Wrong(
+            "proposing the run itself",
+            "The proposal is what comes after the match.",
+            ("tokens[start + n : start + n + num_draft]", "tokens[start : start + num_draft]"),
+        ),
+        Wrong(
+            "more than was asked for",
+            "At most num_draft tokens.",
+            ("tokens[start + n : start + n + num_draft]", "tokens[start + n :]"),
+        ),
     ),
 )
 
@@ -425,10 +546,27 @@ Not drafting at all (gamma = 0) is one of the choices.""",
         "`rate = sum(alpha**i for i in range(gamma + 1)) / (gamma * draft_cost + verify_cost[gamma])`; keep gamma when rate is above the best so far.",
     ),
     wrong=(
-        Wrong("the draft taken as free", "Each drafted token costs draft_cost: gamma times.", ("gamma * draft_cost + cost", "cost")),
-        Wrong("a target pass that always costs the same", "Verifying several tokens costs more than one on many machines: verify_cost[gamma].", ("gamma * draft_cost + cost", "gamma * draft_cost + verify_cost[0]")),
-        Wrong("drafting at any price", "If plain decoding is faster, the answer is 0.", ("best, most = 0, 0.0", "best, most = 1, 0.0"), ("rate > most * (1 + 1e-12)", "gamma and rate > most * (1 + 1e-12)")),
-        Wrong("the most tokens instead of the most per time", "Tokens per pass always grow with the length; time does too.", (" / (gamma * draft_cost + cost)", "")),
+        Wrong(
+            "the draft taken as free",
+            "Each drafted token costs draft_cost: gamma times.",
+            ("gamma * draft_cost + cost", "cost"),
+        ),
+        Wrong(
+            "a target pass that always costs the same",
+            "Verifying several tokens costs more than one on many machines: verify_cost[gamma].",
+            ("gamma * draft_cost + cost", "gamma * draft_cost + verify_cost[0]"),
+        ),
+        Wrong(
+            "drafting at any price",
+            "If plain decoding is faster, the answer is 0.",
+            ("best, most = 0, 0.0", "best, most = 1, 0.0"),
+            ("rate > most * (1 + 1e-12)", "gamma and rate > most * (1 + 1e-12)"),
+        ),
+        Wrong(
+            "the most tokens instead of the most per time",
+            "Tokens per pass always grow with the length; time does too.",
+            (" / (gamma * draft_cost + cost)", ""),
+        ),
     ),
 )
 
@@ -532,7 +670,9 @@ def _loop_cases(draw: Draw) -> Iterator[Case]:
     yield case("drafts of different lengths", "short", prompt, 5, 16, -1)
     ending = _loop_reference("nothing", prompt, 1, 12, -1)[0]
     yield case("the text ends inside an accepted draft", "perfect", prompt, 8, 12, ending[4])
-    yield case("the real model, drafting by prompt lookup", "model", "Repeat after me: one two three, one two three.", 4, 10, 2)
+    yield case(
+        "the real model, drafting by prompt lookup", "model", "Repeat after me: one two three, one two three.", 4, 10, 2
+    )
 
 
 LOOP = Exercise(
@@ -558,11 +698,34 @@ model with prompt lookup.""",
         "`choices = target(tokens + proposed)[len(tokens) - 1 :]`; emit `greedy_verify(proposed, choices)` one at a time, returning at eos or at max_tokens.",
     ),
     wrong=(
-        Wrong("the target's choices shifted by one", "target(tokens)[i] is the choice *after* token i: the first proposed token is judged at len(tokens) - 1.", ("[len(tokens) - 1 :]", "[len(tokens) - 1 :][:1] + target(tokens + proposed)[len(tokens) - 1 :]")),
-        Wrong("running past the end of the text", "An accepted draft may contain eos: what follows it must not be kept.", ("token == eos or len(tokens) - len(prompt) == max_tokens", "len(tokens) - len(prompt) == max_tokens")),
-        Wrong("more than max_tokens", "A pass may bring more tokens than are still wanted: cut.", ("token == eos or len(tokens) - len(prompt) == max_tokens", "token == eos")),
-        Wrong("believing the draft", "Drafted tokens count only where the target agrees.", ("proposed[accepted] == choices[accepted]", "True")),
-        Wrong("a pass for every token", "One pass judges all drafted tokens: keep every one that agrees, not only the first.", ("for token in proposed[:accepted] + [choices[accepted]]:", "for token in (proposed[:accepted] + [choices[accepted]])[:1]:")),
+        Wrong(
+            "the target's choices shifted by one",
+            "target(tokens)[i] is the choice *after* token i: the first proposed token is judged at len(tokens) - 1.",
+            ("[len(tokens) - 1 :]", "[len(tokens) - 1 :][:1] + target(tokens + proposed)[len(tokens) - 1 :]"),
+        ),
+        Wrong(
+            "running past the end of the text",
+            "An accepted draft may contain eos: what follows it must not be kept.",
+            ("token == eos or len(tokens) - len(prompt) == max_tokens", "len(tokens) - len(prompt) == max_tokens"),
+        ),
+        Wrong(
+            "more than max_tokens",
+            "A pass may bring more tokens than are still wanted: cut.",
+            ("token == eos or len(tokens) - len(prompt) == max_tokens", "token == eos"),
+        ),
+        Wrong(
+            "believing the draft",
+            "Drafted tokens count only where the target agrees.",
+            ("proposed[accepted] == choices[accepted]", "True"),
+        ),
+        Wrong(
+            "a pass for every token",
+            "One pass judges all drafted tokens: keep every one that agrees, not only the first.",
+            (
+                "for token in proposed[:accepted] + [choices[accepted]]:",
+                "for token in (proposed[:accepted] + [choices[accepted]])[:1]:",
+            ),
+        ),
     ),
 )
 
