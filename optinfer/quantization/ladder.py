@@ -22,12 +22,12 @@ __all__ = ["METHODS", "dequantize", "measure", "rung"]
 SUITE = "calibrated_quantization"
 METHODS = ("rtn", "gptq", "awq", "awq+gptq", "qat")
 EVALUATION_TOKENS = 8192
-CALIBRATION = {"num_sequences": 32, "length": 256}
+CALIBRATION: dict[str, Any] = {"num_sequences": 32, "length": 256}
 
 
 def rung(model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 64, **options: Any) -> Any:
     """Quantize a model in place by the name of the method; affine grids."""
-    common = {"bits": bits, "group_size": group_size, "symmetric": False}
+    common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": False}
     if method == "rtn":
         return quantize(model, f"int{bits}", block_size=group_size, symmetric=False, progress=False)
     if method == "gptq":

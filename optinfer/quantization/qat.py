@@ -1,0 +1,136 @@
+"""Quantization-aware training: let the weights learn to live with being rounded.
+
+The forward pass uses rounded weights, the backward pass pretends that nothing was rounded (the straight-through
+estimator), and the unquantized model is the teacher, as in LLM-QAT (arXiv 2305.17888, section 2.1).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from optinfer.quantization.calibrate import calibrate, check_groups, decoder_layers, install
+from optinfer.quantization.model import linear_layers
+from optinfer.quantization.rtn import quantize_linear
+
+__all__ = ["fake_quantize", "qat"]
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+        return quantize_linear(x.to(dtype), bits, group_size, symmetric).dequantize(torch.float32).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return gradient, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, bits: int = 4, group_size: int = 64, symmetric: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Round as `quantize_linear` does, and come back to floating point; gradients pass as if nothing had happened.
+
+    Args:
+        x: ``[out, in]``.
+        bits, group_size, symmetric: see `quantize_linear`.
+        dtype: the weight's dtype after conversion, in which its scales are stored; that of `x` when None.
+
+    Returns:
+        ``[out, in]`` in `x.dtype`: exactly the values that the converted weight restores.
+    """
+    return _Round.apply(x, bits, group_size, symmetric, dtype or x.dtype)
+
+
+class _FakeQuantized(nn.Module):
+    """The parametrization that a training weight is seen through; gradients reach the weight underneath."""
+
+    def __init__(self, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.options = (bits, group_size, symmetric, dtype)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        bits, group_size, symmetric, dtype = self.options
+        return fake_quantize(weight, bits, group_size, symmetric, dtype)
+
+
+def qat(
+    model: Any,
+    tokenizer: Any,
+    texts: str | list[str] | None = None,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    steps: int = 60,
+    batch_size: int = 2,
+    length: int = 256,
+    learning_rate: float = 5e-5,
+    progress: bool = True,
+    losses: list[float] | None = None,
+) -> Any:
+    """Train the linear layers with rounded weights to give the unquantized model's predictions, then convert, in place.
+
+    The student is a float32 copy; the model is changed only at the end.
+
+    Args:
+        model, tokenizer, texts: as for `calibrate`; the model itself is the teacher.
+        bits, group_size, symmetric: of the rounding.
+        steps, batch_size, length: optimizer steps, sequences a step, tokens a sequence.
+        learning_rate: of AdamW, decaying linearly to zero.
+        losses: receives the divergence from the teacher of every step, in nats per token.
+
+    Returns:
+        The same model, its linears now `QuantizedLinear`, whose weights are exactly those trained with.
+    """
+    from tqdm.auto import tqdm
+
+    run = calibrate(model, tokenizer, texts, num_sequences=steps * batch_size, length=length)
+    check_groups(model, bits, group_size)
+    student = copy.deepcopy(model).float().train()
+    student.requires_grad_(False)
+    names = [f"{prefix}.{name}" for prefix, layer in decoder_layers(student).items() for name in linear_layers(layer)]
+    trained = []
+    for name in names:
+        linear = student.get_submodule(name)
+        dtype = model.get_submodule(name).weight.dtype
+        linear.weight.requires_grad_(True)
+        trained.append(linear.weight)
+        parametrize.register_parametrization(
+            linear, "weight", _FakeQuantized(bits, group_size, symmetric, dtype), unsafe=True
+        )
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    device = model.get_input_embeddings().weight.device
+    low_precision = model.dtype if model.dtype == torch.bfloat16 else None
+    order = torch.Generator().manual_seed(0)
+    bar = tqdm(range(steps), desc="training", unit="step", disable=not progress)
+    for _ in bar:
+        ids = run.sequences[torch.randperm(len(run.sequences), generator=order)[:batch_size]].to(device)
+        with torch.no_grad():
+            target = model(ids, use_cache=False).logits.float().log_softmax(-1)
+        with (
+            torch.enable_grad(),
+            torch.autocast(device.type, dtype=low_precision or torch.bfloat16, enabled=low_precision is not None),
+        ):
+            logits = student(ids, use_cache=False).logits
+        with torch.enable_grad():
+            guess = logits.float().log_softmax(-1)
+            loss = nn.functional.kl_div(guess, target, log_target=True, reduction="sum") / ids.numel()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay.step()
+        bar.set_postfix(nats=f"{float(loss.detach()):.3f}")
+        if losses is not None:
+            losses.append(float(loss.detach()))
+    quantized = {}
+    for name in names:
+        weight = student.get_submodule(name).parametrizations.weight.original.detach()
+        dtype = model.get_submodule(name).weight.dtype
+        quantized[name] = quantize_linear(weight.to(dtype), bits, group_size, symmetric)
+    return install(model, quantized)
