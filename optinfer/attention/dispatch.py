@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def flash_attention(
         able = [name for name in BACKENDS if obstacle(name, problem) is None]
         raise UnsupportedBackend(f"backend {backend!r} {reason}; these can: {', '.join(able)}")
 
-    options = {"window": window, "softcap": softcap, "return_lse": return_lse}
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "return_lse": return_lse}
     if backend == "sdpa":
         return sdpa(q, k, v, a)
     if backend == "reference":

@@ -289,7 +289,7 @@ class BlockManager:
             tokens={seq_id: list(seq.tokens) for seq_id, seq in self._sequences.items()},
             tables={seq_id: list(seq.table) for seq_id, seq in self._sequences.items()},
             ref_counts=list(self._ref_counts),
-            hashes=[digest and digest.hex() for digest in self._hashes],
+            hashes=[None if digest is None else digest.hex() for digest in self._hashes],
             free_queue=list(self._free_queue),
         )
 
@@ -315,9 +315,9 @@ class BlockManager:
         for block, count in enumerate(self._ref_counts):
             check(count == owners[block], f"block {block}: count {count}, but {owners[block]} owners")
             check((count == 0) == (block in self._free_queue), f"block {block}: leaked, or free while in use")
-            digest = self._hashes[block]
-            known = digest is not None and block in self._cached.get(digest, ())
-            check(known == (digest is not None), f"block {block}: hash not in the prefix cache")
+            content = self._hashes[block]
+            known = content is not None and block in self._cached.get(content, ())
+            check(known == (content is not None), f"block {block}: hash not in the prefix cache")
         num_hashed = sum(digest is not None for digest in self._hashes)
         check(sum(map(len, self._cached.values())) == num_hashed, "the prefix cache lists a stale block")
         hashed = [self._hashes[block] is not None for block in self._free_queue]

@@ -226,7 +226,8 @@ def simulate(requests: Iterable[Request], allocator: Allocator) -> Simulation:
                     allocator.free(seq_id)
                     del running[seq_id]
     steps = max(1, pressed)
-    average = Usage(*(value / steps for value in sums), total=allocator.total)
+    used, reserved, internal, external = (value / steps for value in sums)
+    average = Usage(used, reserved, internal, external, allocator.total)
     return Simulation(average, batch / steps, preemptions, pressed)
 
 

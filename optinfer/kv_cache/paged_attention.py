@@ -4,6 +4,8 @@
 kernel does the same without ever building the contiguous copy.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -47,7 +49,7 @@ def paged_attention(
     if backend == "auto":
         backend = "triton" if q.is_cuda else "sdpa"
     arguments = (q, k_cache, v_cache, block_tables, context_lens, scale)
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
     if backend == "triton":
         from optinfer_kernels import paged_attention as kernel
 
@@ -77,7 +79,7 @@ def paged_attention_reference(
         token = torch.arange(length, device=q.device)
         page, slot = block_tables[i, token // a.block_size].long(), token % a.block_size
         k, v = k_cache[page, slot].to(dtype), v_cache[page, slot].to(dtype)  # [length, kv_heads, head_dim]
-        if a.int8:
+        if k_scale is not None and v_scale is not None:
             k, v = k * k_scale[page, slot].to(dtype)[..., None], v * v_scale[page, slot].to(dtype)[..., None]
         k, v = (x.repeat_interleave(a.group, 1).transpose(0, 1) for x in (k, v))  # [heads, length, head_dim]
         scores = queries[i] @ k.transpose(1, 2) * a.scale

@@ -37,11 +37,12 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         self.cache = cache
         self.length = 0  # tokens per sequence seen by this layer
-        options = {"dtype": cache.kv_dtype, "device": cache.device}
+        options: dict[str, Any] = {"dtype": cache.kv_dtype, "device": cache.device}
         self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
         self.scales: tuple[Tensor, Tensor] | None = None
         if cache.kv_dtype == torch.int8:
-            self.scales = tuple(torch.zeros(shape[:-1], device=cache.device) for _ in range(2))
+            k_scale, v_scale = (torch.zeros(shape[:-1], device=cache.device) for _ in range(2))
+            self.scales = (k_scale, v_scale)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

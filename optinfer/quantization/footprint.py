@@ -53,7 +53,7 @@ def memory_footprint(
     if scheme is not None:
         for linear in linear_layers(model).values():
             weight = linear.weight
-            total += scheme.nbytes(tuple(weight.shape), dtype or weight.dtype) - bytes_of(weight)
+            total += scheme.nbytes((weight.shape[0], weight.shape[1]), dtype or weight.dtype) - bytes_of(weight)
     return total
 
 

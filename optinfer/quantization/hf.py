@@ -55,7 +55,7 @@ class OptinferConfig(QuantizationConfigMixin):
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
         resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration is closed, plug-ins use strings
         self.scheme = resolved.name
         self.block_size = resolved.block_size
         self.double_quant = resolved.double_quant
@@ -93,7 +93,7 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: OptinferQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # the base class spells no keywords, and they differ by version
         self,
         input_dict: dict[str, Any],
         *args: Any,
@@ -129,7 +129,8 @@ class OptinferQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, QuantizedLinear):
                     raise ValueError("the model is quantized already")
-        skip = self.quantization_config.modules_to_not_convert or ()
+        config: Any = self.quantization_config
+        skip = config.modules_to_not_convert or ()
         layers = linear_layers(model, skip)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no linear layers to quantize")

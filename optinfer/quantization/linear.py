@@ -26,6 +26,9 @@ class QuantizedLinear(nn.Module):
     everything that looks from outside, `state_dict` included, sees the canonical order.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -84,7 +87,7 @@ class QuantizedLinear(nn.Module):
         """An ordinary linear layer with the restored weight."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.quantized.dequantize(), requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear
 
     # ---- the product

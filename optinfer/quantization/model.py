@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -121,6 +121,7 @@ def mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
+    model = cast(Any, model)
     from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer
 
     config = OptinferConfig.from_scheme(scheme, list(skip) or None)

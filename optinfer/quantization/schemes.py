@@ -54,13 +54,14 @@ class Scheme:
     def stored(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that `quantize` stores, by the names of `QuantizedTensor.tensors`."""
         rows, columns = shape
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
         if self.name in CODEBOOKS:
             n = rows * columns
             blocks = -(-n // self.block_size)
-            packed = {"packed": (((n + 1) // 2, 1), torch.uint8)}
+            stored = {"packed": (((n + 1) // 2, 1), torch.uint8)}
             if not self.double_quant:
-                return packed | {"absmax": ((blocks,), torch.float32)}
-            return packed | {
+                return stored | {"absmax": ((blocks,), torch.float32)}
+            return stored | {
                 "absmax": ((blocks,), torch.uint8),
                 "nested_absmax": ((-(-blocks // NestedScale.BLOCK),), torch.float32),
                 "nested_offset": ((), torch.float32),
@@ -167,7 +168,7 @@ def resolve_scheme(
         raise ValueError(f'block_size must be a positive int or "channel", got {block_size!r}')
     return replace(
         scheme,
-        block_size=block_size,
+        block_size=int(block_size),
         double_quant=double_quant,
         symmetric=symmetric,
         threshold=float(threshold) if is_llm_int8 else scheme.threshold,

@@ -233,6 +233,7 @@ class QuantizedTensor:
 
     def zero_points(self) -> Tensor:
         """Unsigned zero points in the shape of `scale`, uint8."""
+        assert isinstance(self.scale, Tensor)  # only codebooks nest their scales
         if self.zero_point is None:
             return torch.full_like(self.scale, 1 << (self.bits - 1), dtype=torch.uint8)
         return unpack_bits(self.zero_point, self.bits, self.scale.shape[-1])
@@ -261,7 +262,8 @@ class QuantizedTensor:
         if self.is_codebook:
             return self._codebook_range(start * width, stop * width, dtype).view(stop - start, width)
         if self.scheme == "llm_int8":
-            return (self.packed[start:stop].float() * self.scale[start:stop, None]).mul_(1 / 127).to(dtype)
+            return (self.packed[start:stop].float() * self.absmax[start:stop, None]).mul_(1 / 127).to(dtype)
+        assert isinstance(self.scale, Tensor)  # only codebooks nest their scales
         one_scale = self.scale.shape[0] == 1
         scale = self.scale if one_scale else self.scale[start:stop]
         if self.packed.dtype == torch.int8:

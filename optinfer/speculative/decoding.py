@@ -52,8 +52,8 @@ def speculative_decoding(
     cache = model_kwargs.get("past_key_values")
     _check_mode(model, input_ids, generation_config, cache, num_draft_tokens)
     draft = _as_draft(draft, model)
-    for member in draft.members:
-        member.bind(model)
+    for part in draft.members:
+        part.bind(model)
     sampler = Sampler(logits_processor, not generation_config.do_sample, generator)
     length = (AdaptiveLength if adaptive else FixedLength)(num_draft_tokens)
     longest = min(generation_config.max_length, _context_length(model))

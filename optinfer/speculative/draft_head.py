@@ -33,6 +33,9 @@ class DraftHead(nn.Module):
         vocabulary: int64 [trimmed], the target's tokens that the head can draft.
     """
 
+    vocabulary: Tensor
+    frequency: Tensor
+
     def __init__(
         self,
         hidden_size: int,

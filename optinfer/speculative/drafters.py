@@ -80,7 +80,8 @@ class ModelDraft(Draft):
     def _new_text(self) -> None:
         from transformers import DynamicCache
 
-        self._cache, self._cached_ids = DynamicCache(config=self.model.config), None
+        self._cache = DynamicCache(config=self.model.config)
+        self._cached_ids: Tensor | None = None
 
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
         self._forget_what_was_rejected(input_ids)
