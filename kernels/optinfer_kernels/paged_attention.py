@@ -137,7 +137,7 @@ def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:
     block_m = 16 if rows <= 16 else 32 if wide or arch < 80 else 64
     if arch < 80:  # no asynchronous copies and 64 KB of shared memory
         return Tile(block_m, 32, 4, 1)
-    return Tile(block_m, 32 if wide else 64, 4, 2 if wide else 3)
+    return Tile(block_m, 32 if wide else 64, 4 if block_m == 16 else 8, 2 if wide else 3)
 
 
 def choose_splits(a: PagedArguments, tile: Tile, max_len: int, processors: int) -> int:
