@@ -11,61 +11,13 @@ import os
 import pytest
 
 pytest.importorskip("triton")
+from optinfer_kernels.attention_builds import compile_attention
 from optinfer_kernels.compile import SHARED_MEMORY, CompiledKernel
 
 pytestmark = pytest.mark.compile
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = ("fp16", "bf16", "fp32")
-
-
-def build(
-    kernel: str, arch: int, dtype: str, head_dim: int, causal: bool = True, extras: bool = False
-) -> CompiledKernel:
-    """Compile what the launch function would launch. Runs in a worker."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    import torch
-
-    from optinfer_kernels import flash_attention, flash_attention_tma, flash_attention_ws
-    from optinfer_kernels.compile import compile_for
-
-    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    if kernel == "flash_attention":
-        function = flash_attention.flash_attention_kernel
-        tile = flash_attention.tile_for(arch, torch_dtype, head_dim)
-    elif kernel == "flash_attention_tma":
-        function = flash_attention_tma.flash_attention_tma_kernel
-        tile = flash_attention_tma.tile_for(arch, head_dim)
-    else:
-        function = flash_attention_ws.flash_attention_ws_kernel
-        tile = flash_attention_ws.tile_for(head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "CAUSAL": causal,
-        "MASKED": causal,
-        "WINDOWED": extras,
-        "SOFTCAP": extras,
-        "STORE_LSE": extras,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-    }
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    rows = {"q_desc": tile.block_m, "out_desc": tile.block_m, "k_desc": tile.block_n, "v_desc": tile.block_n}
-    signature = {}
-    for name in function.arg_names:
-        if name in rows:
-            signature[name] = f"tensordesc<{dtype}[1, 1, {rows[name]}, {head_dim}]>"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else f"*{dtype}"
-        elif name.endswith("scale"):
-            signature[name] = "fp32"
-        elif name not in constants:
-            signature[name] = "i32"
-    strides = tuple(name for name in signature if "stride" in name)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return compile_for(arch, function, signature, constants, aligned=strides, **options)
 
 
 def cases():
@@ -95,10 +47,15 @@ CASES = list(cases())
 @functools.cache
 def compiled():
     """All of them at once, on all cores."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max(os.cpu_count() or 1, 1), mp_context=context) as pool:
-        futures = {case: pool.submit(build, *case) for case in CASES}
-        return {case: future.exception() or future.result() for case, future in futures.items()}
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            futures = {case: pool.submit(compile_attention, *case) for case in CASES}
+            return {case: future.exception() or future.result() for case, future in futures.items()}
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
 
 
 def result(case) -> CompiledKernel:
@@ -144,6 +101,6 @@ def test_the_gate_can_fail():
     before = flash_attention.TILES
     try:
         flash_attention.TILES = {75: {(2, 128): flash_attention.Tile(128, 128, 4, 2)}}
-        assert build("flash_attention", 80, "fp16", 128).spill_bytes > 0
+        assert compile_attention("flash_attention", 80, "fp16", 128).spill_bytes > 0
     finally:
         flash_attention.TILES = before
