@@ -25,10 +25,10 @@ def truncate(cache: Any, num_tokens: int) -> None:
         cache.truncate(num_tokens)
         return
     check_can_truncate(cache)
-    for layer in cache.layers:
-        if layer.is_croppable:
-            layer.crop(-extra)  # negative: how many to remove
-        else:
+    if all(layer.is_croppable for layer in cache.layers):
+        cache.crop(-extra)  # negative: how many to remove
+    else:
+        for layer in cache.layers:
             layer.cumulative_length.sub_(extra)  # a static layer overwrites the rest; the causal mask hides it
 
 
