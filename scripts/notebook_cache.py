@@ -4,10 +4,12 @@ The store is jupyter-cache's, which finds a notebook by its code cells. It is em
 data have changed, because the same cells would then print something else.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,29 @@ def fingerprint() -> str:
 
 
 def prune() -> bool:
-    """Empty the store if it was made from other sources; returns whether it was still good."""
+    """Empty the store if it was made from other sources; returns whether it was still good. Safe in several processes."""
     stamp, current = FOLDER.with_name(".jupyter_cache_of"), fingerprint()
-    if FOLDER.is_dir() and stamp.is_file() and stamp.read_text() == current:
-        return True
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    _ = _store().db  # make the database now, before several processes want it
-    stamp.write_text(current)
-    return False
+    with _lock():
+        if FOLDER.is_dir() and stamp.is_file() and stamp.read_text() == current:
+            return True
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        FOLDER.mkdir(parents=True)
+        _ = _store().db  # makes the database now, before several processes want it
+        stamp.write_text(current)
+        return False
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with FOLDER.with_name(".jupyter_cache_lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: there the tests run in one process
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _store() -> Any:
@@ -72,6 +88,8 @@ def executed(path: Path, timeout: float = 600) -> Any:
     start = time.perf_counter()
     notebook = execute(path, timeout=timeout)
     seconds = time.perf_counter() - start
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of execution would make it a different notebook to the store
     bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
     _store().cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
     return notebook
