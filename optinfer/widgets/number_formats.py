@@ -1,0 +1,75 @@
+"""The number-format inspector: one number in nine formats, bit by bit, inside the block that it shares a scale with."""
+
+from pathlib import Path
+from typing import Any
+
+import traitlets
+
+from optinfer.quantization.formats import CODEBOOKS, FORMATS
+from optinfer.widgets.base import StaticWidget
+
+# Sixteen weights of a typical size, for readers without a model at hand.
+EXAMPLE = {
+    "name": "sixteen example weights",
+    "values": [0.021, -0.043, 0.008, 0.113, -0.062, 0.03, -0.005, 0.051]
+    + [-0.092, 0.014, 0.037, -0.018, 0.071, -0.027, 0.002, -0.155],
+}
+
+
+class NumberFormats(StaticWidget):
+    """Type a number or pick a weight: its bits in every format, its rounding error, and that of its block.
+
+    Formats of eight bits and fewer that need a scale share one per block, so a typed outlier spoils its neighbours.
+
+    Traits:
+        blocks: dicts of ``name`` and ``values``, weights that share a scale.
+        block, index: the weight that is picked.
+        formats: what the script needs to know about each format.
+    """
+
+    _esm = Path(__file__).with_suffix(".js")
+    _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+
+    blocks = traitlets.List([EXAMPLE]).tag(sync=True)
+    block = traitlets.Int(0).tag(sync=True)
+    index = traitlets.Int(0).tag(sync=True)
+    formats = traitlets.List().tag(sync=True)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.formats = [
+            {
+                "name": f.name,
+                "bits": f.bits,
+                "kind": f.kind,
+                "exponent": f.exponent_bits,
+                "mantissa": f.mantissa_bits,
+                "max": f.max,
+                "table": list(CODEBOOKS.get(f.name.lower(), ())),
+            }
+            for f in FORMATS.values()
+        ]
+
+    @classmethod
+    def of_model(cls, model: Any, block_size: int = 64, count: int = 4) -> "NumberFormats":
+        """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
+        from optinfer.quantization.model import linear_layers
+
+        layers = list(linear_layers(model).items())
+        chosen = [layers[i * (len(layers) - 1) // max(1, count - 1)] for i in range(count)]
+        blocks = [
+            {"name": name, "values": linear.weight.detach().reshape(-1)[:block_size].float().tolist()}
+            for name, linear in chosen
+        ]
+        return cls(blocks=blocks)
+
+    def summary(self) -> str:
+        values = self.blocks[self.block]["values"]
+        value, absmax = values[self.index], max(map(abs, values))
+        lines = [f"{value:.6g} from {self.blocks[self.block]['name']}, block of {len(values)}, absmax {absmax:.6g}"]
+        for f in FORMATS.values():
+            scale = absmax / f.max if f.scaled and absmax else 1.0
+            pattern = f.encode(value / scale)
+            bits = " ".join(field for _, field in f.fields(pattern))
+            lines.append(f"{f.name:9} {bits}  = {f.decode(pattern) * scale:.6g}")
+        return "\n".join(lines)
