@@ -1,0 +1,144 @@
+"""Block manager: cost per operation against the size of the pool, and memory wasted on a trace of requests."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from optinfer.kv_cache import (
+    BlockManager,
+    ContiguousAllocator,
+    PagedAllocator,
+    parallel_sampling_saving,
+    sharegpt_like,
+    simulate,
+)
+
+POOL_SLOTS = 16_384  # about what an A100-40GB leaves for the cache of OPT-13B
+
+
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    """Rows of three kinds: `operation` (seconds each), `waste` (shares of the pool), `sharing` (blocks saved)."""
+    sizes = [1_000, 10_000] if quick else [1_000, 10_000, 100_000, 1_000_000]
+    return [
+        *operation_costs(sizes, 40 if quick else 200),
+        *waste(100 if quick else 400),
+        *sharing(20 if quick else 100),
+    ]
+
+
+def operation_costs(sizes: list[int], repeats: int = 200) -> list[dict[str, Any]]:
+    """Median seconds of one operation on a pool that is nine tenths full, its rest a queue of prefix hits."""
+    rows = []
+    managers = {size: _busy_manager(size) for size in sizes}
+    for name, operation in _OPERATIONS.items():
+        times: dict[int, list[float]] = {size: [] for size in sizes}
+        for i in range(repeats):  # sizes take turns, so that a noisy moment hits all of them
+            for size, m in managers.items():
+                times[size].append(operation(m, i))
+        rows += [
+            {
+                "kind": "operation",
+                "operation": name,
+                "peer": "optinfer",
+                "num_blocks": size,
+                "seconds": median(times[size]),
+            }
+            for size in sizes
+        ]
+    return rows
+
+
+def _busy_manager(num_blocks: int) -> BlockManager:
+    m = BlockManager(num_blocks, record_events=False)
+    blocks = 50  # per sequence: 800 tokens
+    for i in range(num_blocks // blocks):
+        m.allocate(i, [i] * (16 * blocks))
+    for i in range(num_blocks // blocks // 10 + 1):
+        m.free(i)
+    return m
+
+
+def _timed(operation: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
+
+
+def _allocate(m: BlockManager, i: int) -> float:
+    seconds = _timed(lambda: m.allocate("new", [7, i] * 128))
+    m.free("new")
+    return seconds
+
+
+def _append(m: BlockManager, i: int) -> float:
+    m.allocate("new", [7, i] * 128)
+    seconds = _timed(lambda: m.append("new", [1]))
+    m.free("new")
+    return seconds
+
+
+def _fork_and_write(m: BlockManager, i: int) -> float:
+    m.allocate("new", [7, i] * 128 + [1])
+
+    def operation() -> None:
+        m.fork("new", "child")
+        m.append("child", [2])
+
+    seconds = _timed(operation)
+    m.free("new")
+    m.free("child")
+    return seconds
+
+
+def _prefix_hit(m: BlockManager, i: int) -> float:
+    m.allocate("new", [9, i] * 128)
+    m.free("new")
+    seconds = _timed(lambda: m.allocate("again", [9, i] * 128))
+    m.free("again")
+    return seconds
+
+
+def _free(m: BlockManager, i: int) -> float:
+    m.allocate("new", [7, i] * 128)
+    return _timed(lambda: m.free("new"))
+
+
+_OPERATIONS = {
+    "allocate 256 tokens": _allocate,
+    "append 1 token": _append,
+    "fork, then copy-on-write": _fork_and_write,
+    "allocate 256 tokens, prefix hit": _prefix_hit,
+    "free 256 tokens": _free,
+}
+
+
+def waste(num_requests: int = 400, seed: int = 0) -> list[dict[str, Any]]:
+    """Where the pool's slots are while requests wait: pages, and three ways to reserve."""
+    trace = sharegpt_like(num_requests, seed)
+    allocators = {p: ContiguousAllocator(POOL_SLOTS, p) for p in ContiguousAllocator.POLICIES}
+    rows = []
+    for name, allocator in {**allocators, "paged": PagedAllocator(POOL_SLOTS)}.items():
+        seconds = time.perf_counter()
+        result = simulate(trace, allocator)
+        seconds = time.perf_counter() - seconds
+        u = result.usage
+        shares = {kind: getattr(u, kind) / u.total for kind in ("used", "reserved", "internal", "external")}
+        rows.append(
+            {"kind": "waste", "peer": name, "seconds": seconds, **shares, "wasted": u.wasted}
+            | {"batch": result.batch, "preemptions": result.preemptions}
+        )
+    return rows
+
+
+def sharing(num_requests: int = 100, seed: int = 0) -> list[dict[str, Any]]:
+    """Blocks saved when n answers share one prompt, as in the paper's section 6.3."""
+    trace = sharegpt_like(num_requests, seed)
+    rows = []
+    for n in (2, 4, 6):
+        start = time.perf_counter()
+        saved = parallel_sampling_saving(trace, n)
+        rows.append(
+            {"kind": "sharing", "peer": "paged", "samples": n, "saved": saved, "seconds": time.perf_counter() - start}
+        )
+    return rows
