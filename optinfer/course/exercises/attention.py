@@ -14,6 +14,7 @@ from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
 try:
     import triton
     import triton.language as tl
+
     from optinfer_kernels.interpreter import launch
 except ImportError:  # macOS, Windows: the two Triton exercises can be read there, and say what is missing when run
 

@@ -1,0 +1,98 @@
+"""Grading survives what notebooks do: crash, hang, kill the kernel, lie, or be no notebook at all."""
+
+import argparse
+import json
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+
+from optinfer.course import exercises, grade
+
+RIGHT = (
+    "import torch\nfrom torch import Tensor\nfrom optinfer import check\n"
+    + exercises.get("quantization.pack_nibbles").source
+)
+CHECK = 'check("quantization.pack_nibbles", pack_nibbles)'
+
+
+def notebook(path, *cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), path)
+    return path
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    grade.add_arguments(parser)
+    return grade.grade_command(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_a_solved_and_an_unsolved_exercise_make_a_partial_score(tmp_path, capsys):
+    path = notebook(
+        tmp_path / "my own name (2).ipynb",
+        RIGHT,
+        CHECK,
+        "def weight_bytes(*a): return 1",
+        'check("basics.weight_bytes", weight_bytes)',
+    )
+    before = path.read_bytes()
+    assert run(path, "--json", "--min", "0.5", "--junit", tmp_path / "out.xml") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["score"], found["points"], found["fraction"]) == (1, 2, 0.5)
+    assert [s["passed"] for s in found["scores"]] == [True, False]
+    suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert path.read_bytes() == before
+
+
+def test_what_crashes_hangs_or_lies_costs_only_its_own_points(tmp_path):
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "1 / 0",
+        "import time; time.sleep(60)",
+        RIGHT,
+        CHECK,
+        "import optinfer\noptinfer.check = check = lambda *a: True\ndef allocate(*a): return None",
+        'check("kv_cache.allocate", allocate)',
+        "import sys; sys.exit()",
+        '# check("basics.roofline", attainable)',
+    )
+    found = grade.grade(path, cell_timeout=3)
+    assert [(s.id, s.passed) for s in found.scores] == [
+        ("quantization.pack_nibbles", True),
+        ("kv_cache.allocate", False),
+    ]
+    assert any("ZeroDivisionError" in p for p in found.problems)
+    assert any("interrupted" in p for p in found.problems)
+    assert found.seconds < 60
+
+
+@pytest.mark.parametrize("deadly", ["import os; os._exit(1)", "hog = [bytearray(b'x' * 10**8) for _ in range(60)]"])
+def test_a_cell_that_kills_the_kernel_is_left_out_of_a_second_run(tmp_path, deadly):
+    found = grade.grade(notebook(tmp_path / "a.ipynb", RIGHT, deadly, CHECK), memory=3.0)
+    assert found.score == 1
+    assert any(("killed the kernel" in p) or ("used more than 3 GB" in p) for p in found.problems), found.problems
+
+
+@pytest.mark.parametrize(
+    "content", ["", "not json", '{"cells": []}', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}']
+)
+def test_what_is_no_exercise_notebook_fails_with_a_reason(tmp_path, content, capsys):
+    path = tmp_path / "x.ipynb"
+    path.write_text(content)
+    assert run(path, tmp_path / "missing.ipynb", "--min", "0") == 1
+    assert "missing.ipynb" in capsys.readouterr().out
+
+
+def test_an_exercise_whose_cells_were_deleted_still_counts(tmp_path):
+    path = notebook(tmp_path / "a.ipynb", "x = 1")
+    made = nbformat.read(path, as_version=4)
+    made.metadata["optinfer"] = {"exercises": ["basics.roofline", "no.such"]}
+    assert grade.exercises_of(made) == ["basics.roofline", "no.such"]
+
+
+def test_limits_must_make_sense(tmp_path):
+    with pytest.raises(ValueError, match="--min"):
+        run(tmp_path / "a.ipynb", "--min", "2")
+    with pytest.raises(ValueError, match="--memory"):
+        run(tmp_path / "a.ipynb", "--memory", "0")

@@ -1,0 +1,117 @@
+"""Checks, hints, solutions and progress, as a reader meets them."""
+
+import json
+
+import pytest
+import torch
+
+import optinfer
+from optinfer.course import checks, exercises, records
+
+
+@pytest.fixture(autouse=True)
+def _own_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTINFER_PROGRESS", str(tmp_path / "deep" / "folder"))
+
+
+def test_a_check_never_raises():
+    def explodes(*args):
+        raise MemoryError("boom")
+
+    def leaves(*args):
+        raise SystemExit
+
+    for answer in (None, 3, "text", explodes, leaves, lambda: 0, lambda x: x.no_such, int, torch.nn.Linear):
+        result = optinfer.check("quantization.absmax", answer)
+        assert not result and "quantization.absmax" in repr(result)
+        assert result._repr_html_().startswith("<div")
+    assert "quantization.absmax" in repr(optinfer.check("quantization.absmaks", None))
+
+
+def test_an_endless_answer_is_stopped(monkeypatch):
+    exercise = exercises.get("quantization.absmax")
+    object.__setattr__(exercise, "limit", 0.3)
+    try:
+        result = checks.evaluate(exercise, lambda x: [None for _ in iter(int, 1)])
+    finally:
+        object.__setattr__(exercise, "limit", 10.0)
+    assert not result and "still running" in result.message
+
+
+def test_forbidden_functions_are_found_however_they_are_called():
+    import torch.nn.functional as F
+
+    for cheat in (lambda s: s.softmax(-1), lambda s: torch.softmax(s, -1), lambda s: F.softmax(s, dim=-1)):
+        result = checks.evaluate(exercises.get("attention.stable_softmax"), cheat)
+        assert not result and "must not be called" in result.message
+
+
+def test_the_packages_own_functions_are_no_answer():
+    from optinfer.speculative import expected_tokens
+
+    result = checks.evaluate(exercises.get("speculative.expected_tokens"), lambda a, g: expected_tokens(a, g))
+    assert not result and "must not be called" in result.message
+    result = checks.evaluate(exercises.get("speculative.expected_tokens"), expected_tokens)
+    assert not result
+
+
+def test_misconceptions_are_recognized_in_other_peoples_code():
+    def loop(x):  # truncation, written in another way
+        scale = max(abs(float(v)) for v in x.float().flatten()) / 127
+        codes = [int(float(v) / scale) if scale else 0 for v in x.float().flatten()]
+        return torch.tensor(codes, dtype=torch.int8).reshape(x.shape), torch.tensor(scale)
+
+    assert (
+        checks.evaluate(exercises.get("quantization.absmax"), loop).misconception == "cutting off instead of rounding"
+    )
+
+    def low_first(codes):
+        codes = codes.tolist() + [0] * (len(codes) % 2)
+        return torch.tensor([a + 16 * b for a, b in zip(codes[::2], codes[1::2])], dtype=torch.uint8)
+
+    assert (
+        checks.evaluate(exercises.get("quantization.pack_nibbles"), low_first).misconception
+        == "the first code in the low half"
+    )
+
+    def top_left(q_len, kv_len):
+        return torch.ones(q_len, kv_len).tril().bool()
+
+    assert checks.evaluate(exercises.get("attention.causal_mask"), top_left).misconception == "aligned at the top left"
+
+
+def test_changing_the_input_is_noticed():
+    def in_place(p, q):
+        torch.minimum(p, q, out=p)
+        return p.sum(-1)
+
+    result = checks.evaluate(exercises.get("speculative.acceptance"), in_place)
+    assert not result and "was changed on the way" in result.message
+
+
+def test_hints_climb_and_progress_survives(capsys):
+    first, second = optinfer.hint("basics.roofline"), optinfer.hint("basics.roofline")
+    assert "nudge" in repr(first) and "idea" in repr(second)
+    assert "almost" in repr(optinfer.hint("basics.roofline")) and "almost" in repr(optinfer.hint("basics.roofline"))
+    assert "1 to 3" in repr(optinfer.hint("basics.roofline", 9))
+    assert "def attainable" in repr(optinfer.solution("basics.roofline"))
+    exercise = exercises.get("basics.roofline")
+    optinfer.check(exercise.id, lambda *a: 0)
+    assert optinfer.check(exercise.id, exercise.solution)
+    entry = json.loads(records.path().read_text())[exercise.id]
+    assert entry["tries"] == 2 and entry["solved"] and entry["hints"] == 3
+    assert "1/" in repr(optinfer.progress())
+
+
+def test_a_damaged_progress_file_is_no_obstacle():
+    records.path().parent.mkdir(parents=True)
+    for damage in ("", "[1, 2]", '{"basics.roofline": 3}', "{"):
+        records.path().write_text(damage)
+        assert "points" in repr(optinfer.progress())
+        optinfer.hint("basics.roofline")
+
+
+def test_under_nbgrader_a_failed_check_raises(monkeypatch):
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    with pytest.raises(AssertionError, match=r"quantization\.absmax"):
+        optinfer.check("quantization.absmax", lambda x: x)
