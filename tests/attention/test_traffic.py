@@ -105,3 +105,18 @@ def test_bad_sizes_are_named():
         hbm_bytes("flash", **(sizes | {"q_len": 0}))
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads, got 4 and 3"):
         hbm_bytes("flash", **sizes, kv_heads=3)
+
+
+def test_peak_memory_counts_the_matrix_and_grows_linearly_without_it():
+    from optinfer.bench.attention import peak_extra_bytes
+
+    peaks = {}
+    for n in (512, 1024):
+        q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
+        peaks[n] = (
+            peak_extra_bytes(lambda q=q, k=k, v=v: attention_reference(q, k, v)),
+            peak_extra_bytes(lambda q=q, k=k, v=v: online_softmax_attention(q, k, v)),
+        )
+    assert peaks[512][0] >= 2 * 512 * 512 * 4
+    assert 3.9 < peaks[1024][0] / peaks[512][0] < 4.1
+    assert peaks[1024][1] / peaks[512][1] < 2.1
