@@ -74,6 +74,14 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+def compare_tokens(model: Any, variant: str = "nf4", rounds: int = 3) -> list[dict[str, Any]]:
+    """Time per token of the model, and of its quantized copy by each peer that is installed; for the notebook."""
+    rows = _decode_rows("bf16", {"torch": model}, rounds)
+    peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]
+    made = {peer: QUANTIZE[peer](copy.deepcopy(model), **VARIANTS[variant]) for peer in peers}
+    return rows + _decode_rows(variant, made, rounds)
+
+
 def _quantize_by_bitsandbytes(model: nn.Module, scheme: str, double_quant: bool = False) -> nn.Module:
     """What `from_pretrained` with a BitsAndBytesConfig makes, from the weights in memory."""
     import bitsandbytes as bnb

@@ -134,7 +134,7 @@ function render({ model, el }) {
       const error = value === 0 ? 0 : Math.abs(own.value - value) / Math.abs(value);
       const norm = Math.sqrt(list.reduce((s, v) => s + v * v, 0));
       const wrong = Math.sqrt(list.reduce((s, v) => s + (encode(v, format, absmax).value - v) ** 2, 0));
-      const how = own.code === undefined ? short(own.value) : `${format.kind === "integer" ? own.code : short(format.table[own.code])} × ${short(own.scale)} = ${short(own.value)}`;
+      const how = own.code === undefined ? short(own.value) : `${format.kind === "integer" ? own.code : Number(format.table[own.code].toPrecision(4))} × ${Number(own.scale.toPrecision(4))} = ${Number(own.value.toPrecision(4))}`;
       return element("tr", {}, element("th", { scope: "row" }, `${format.name}`), element("td", {}, bits(own.fields)),
         element("td", { class: "oi-mono" }, how), errorCell(error), errorCell(norm ? wrong / norm : 0));
     }));
@@ -150,7 +150,7 @@ function render({ model, el }) {
   reset.onclick = () => { typed = null; draw(); };
   picker.onchange = () => { typed = null; model.set("block", Number(picker.value)); model.set("index", 0); model.save_changes(); draw(); };
   cells.onkeydown = (event) => {
-    const move = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 8, ArrowUp: -8 }[event.key];
+    const move = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 16, ArrowUp: -16 }[event.key];
     if (!move) return;
     event.preventDefault();
     choose(Math.max(0, Math.min(values().length - 1, model.get("index") + move)));

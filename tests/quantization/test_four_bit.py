@@ -41,7 +41,7 @@ def test_same_bits_as_bitsandbytes(scheme, dtype, block):
         # On CPUs, bitsandbytes 0.50 reads the wrong absmax where rows are no multiple of a block above 64.
         if shape[-1] % block == 0:
             theirs = peer.dequantize_4bit(packed, state).reshape(shape)
-                assert torch.equal(q.dequantize(), theirs), shape
+            assert torch.equal(q.dequantize(), theirs), shape
 
 
 @pytest.mark.parametrize("block", (32, 64, 256))

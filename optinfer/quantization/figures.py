@@ -1,0 +1,85 @@
+"""The figures of notebook 01."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optinfer import plots
+from optinfer.quantization.formats import CODEBOOKS, FORMATS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["activation_outliers", "number_lines", "rounding", "scheme_quality", "weight_levels"]
+
+
+def number_lines(names: tuple[str, ...] = ("FP8 E4M3", "FP8 E5M2", "INT8", "INT4", "NF4", "FP4")) -> Figure:
+    """All values of each format between -1 and 1, the largest scaled to 1."""
+    fig, ax = plots.figure(height=0.5 + 0.5 * len(names))
+    for row, name in enumerate(names):
+        values = FORMATS[name].values() / FORMATS[name].max
+        values = values[np.abs(values) <= 1]
+        ax.vlines(values, row - 0.3, row + 0.3, color=plots.CYCLE[row % len(plots.CYCLE)], lw=1)
+    ax.set_yticks(range(len(names)), [f"{n} · {len(FORMATS[n].values())} values" for n in names])
+    ax.set(xlabel="value / largest value", xlim=(-1.02, 1.02))
+    ax.invert_yaxis()
+    ax.grid(False)
+    return fig
+
+
+def rounding(weight: Tensor, restored: dict[str, Tensor]) -> Figure:
+    """Weights against what is restored of them, one panel a scheme, ``[n]`` each."""
+    fig, axes = plots.figure(height=2.9, ncols=len(restored), sharey=True)
+    for ax, (name, values) in zip(np.atleast_1d(axes), restored.items()):
+        ax.plot(weight, weight, color=plots.COLORS["gray"], lw=0.8)
+        ax.plot(weight, values, ".", ms=3)
+        ax.set(title=name, xlabel="weight")
+    np.atleast_1d(axes)[0].set_ylabel("restored")
+    return fig
+
+
+def activation_outliers(x: Tensor, threshold: float = 6.0) -> Figure:
+    """Largest magnitude of each feature of activations ``[tokens, features]``."""
+    fig, ax = plots.figure(height=2.8)
+    peak = x.abs().amax(0).float().cpu().numpy()
+    color = np.where(peak >= threshold, plots.COLORS["red"], plots.COLORS["blue"])
+    ax.scatter(range(len(peak)), peak, s=7, c=color)
+    ax.axhline(threshold, color=plots.COLORS["gray"], ls="--", lw=1)
+    ax.annotate("threshold of LLM.int8()", (len(peak) * 0.99, threshold), ha="right", va="bottom", fontsize=9)
+    ax.set(xlabel="feature", ylabel="largest |activation|", yscale="log")
+    return fig
+
+
+def weight_levels(scaled: Tensor, schemes: tuple[str, ...] = ("NF4", "INT4")) -> Figure:
+    """Histogram of weights divided by their block's absmax, and where each format has its values."""
+    fig, axes = plots.figure(height=3.6, nrows=len(schemes), sharex=True)
+    for ax, name in zip(axes, schemes):
+        ax.hist(scaled.numpy(), bins=121, range=(-1, 1), density=True, color=plots.COLORS["sky"], alpha=0.6)
+        levels = np.array(CODEBOOKS[name.lower()]) if name.lower() in CODEBOOKS else np.arange(-7, 8) / 7
+        ax.vlines(levels, 0, 2, color=plots.COLORS["red"], lw=1.4)
+        ax.set(ylabel=f"{name}\n{len(levels)} levels", ylim=(0, 2.6))
+        ax.grid(False)
+    axes[-1].set_xlabel("weight / absmax of its block of 64")
+    return fig
+
+
+def scheme_quality(rows: list[dict[str, Any]]) -> Figure:
+    """KL divergence against megabytes, one point a scheme, with standard errors."""
+    fig, ax = plots.figure(height=3.6)
+    for row, color in zip(rows, plots.CYCLE * 2):
+        ax.errorbar(row["megabytes"], row["kl"], yerr=row["kl_stderr"], fmt="o", color=color, capsize=3)
+        ax.annotate(row["scheme"], (row["megabytes"], row["kl"]), xytext=(7, 4), textcoords="offset points", fontsize=9)
+    ax.set(xlabel="whole model (MB)", ylabel="KL divergence from bf16 (nats per token)", yscale="log")
+    ax.margins(x=0.16, y=0.12)
+    return fig
+
+
+def normalized(weight: Tensor, block_size: int = 64) -> Tensor:
+    """Weights divided by the largest magnitude of their block, ``[n]`` float32."""
+    flat = weight.detach().float().reshape(-1)
+    blocks = flat[: len(flat) // block_size * block_size].view(-1, block_size)
+    return (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).reshape(-1)
