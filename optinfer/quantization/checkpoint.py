@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optinfer.quantization.bitsandbytes_format import save_bitsandbytes
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.tensor import QuantizedTensor
 
@@ -138,12 +139,10 @@ def save_checkpoint(
     if not layers:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
     if format == "bitsandbytes":
-        tensors, config = _bitsandbytes(model, layers)
-        dtype = None
-    else:
-        _check_uniform(layers, format)
-        tensors, config = _convert(model, layers, format)
-        dtype = torch.float16 if format in ("gptq", "awq") else None
+        return _bitsandbytes(model, target, tokenizer)
+    _check_uniform(layers, format)
+    tensors, config = _convert(model, layers, format)
+    dtype = torch.float16 if format in ("gptq", "awq") else None
     tensors |= _other_tensors(model, layers, dtype)
     return _write(model, target, tensors, config, tokenizer, dtype)
 
@@ -174,7 +173,7 @@ def _check_uniform(layers: dict[str, QuantizedTensor], format: str) -> None:
 def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored tensors by full name, and the `quantization_config`."""
     first = next(iter(layers.values()))
-    per_row = first.block_size == first.shape[1]
+    per_row = all(q.block_size == q.shape[1] for q in layers.values())
     plain = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     group = -1 if per_row else first.block_size
     tensors: dict[str, Tensor] = {}
@@ -225,12 +224,19 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
     }
 
 
-def _bitsandbytes(model: Any, layers: dict[str, QuantizedTensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        from optinfer.quantization import bitsandbytes_format
-    except ImportError as error:
-        raise CheckpointError("this installation cannot write bitsandbytes checkpoints") from error
-    return bitsandbytes_format.to_checkpoint(model, layers)
+def _bitsandbytes(model: Any, target: Path, tokenizer: Any) -> Path:
+    """The same promise for the format that has a writer of its own."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=_made(target.parent)) as work:
+        folder = save_bitsandbytes(model, Path(work) / target.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        folder.rename(target)
+    return target
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -257,8 +263,7 @@ def _write(
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(_made(target.parent)).free
     if free < 1.05 * size:
         raise CheckpointError(f"the checkpoint takes {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB free")
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -9,8 +9,6 @@ import argparse
 import time
 from typing import Any
 
-from torch import nn
-
 from optinfer.quantization.awq import awq
 from optinfer.quantization.gptq import gptq
 from optinfer.quantization.linear import QuantizedLinear
@@ -42,11 +40,14 @@ def rung(model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 6
     raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
 
 
-def dequantize(model: nn.Module) -> nn.Module:
+def dequantize(model: Any) -> Any:
     """Put ordinary linear layers with the restored weights back, in place: the same values, faster over long inputs."""
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
             replace_module(model, module, module.dequantize())
+    if getattr(model, "is_quantized", False):  # transformers' marks, which forbid `model.float()`
+        model.is_quantized = False
+        del model.hf_quantizer, model.quantization_method, model.config.quantization_config
     return model
 
 
