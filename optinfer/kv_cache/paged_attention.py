@@ -108,11 +108,12 @@ def _gather_and_attend(q, k_cache, v_cache, block_tables, context_lens, scale, *
     tables = torch.where(needed, block_tables[:, : needed.shape[1]], 0)
     k = gather_pages(k_cache, tables, max_len, k_scale, q.dtype)
     v = gather_pages(v_cache, tables, max_len, v_scale, q.dtype)
-    visible = token < context_lens[:, None]  # [batch, max_len]
-    k, v = k.nan_to_num(), v.masked_fill(~visible[:, None, :, None], 0)  # a padding slot may hold anything, even nan
-    last_seen = context_lens[:, None] - a.q_len + torch.arange(a.q_len, device=q.device)
-    mask = token <= last_seen[..., None]  # [batch, q_len, max_len]
+    mask = None
+    if a.q_len > 1 or int(context_lens.min()) < max_len:
+        padding = (token >= context_lens[:, None])[:, None, :, None]  # may hold anything, even nan
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        last_seen = context_lens[:, None] - a.q_len + torch.arange(a.q_len, device=q.device)
+        mask = (token <= last_seen[..., None]).repeat(1, a.group, 1)[:, None]  # [batch, 1, rows, max_len]
     # The query heads of one KV head become rows of one small problem: no copy of k and v per query head.
     rows = q.reshape(a.batch, a.kv_heads, a.group * a.q_len, a.head_dim)
-    mask = mask.repeat(1, a.group, 1)[:, None]
     return scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=a.scale).reshape(q.shape)
