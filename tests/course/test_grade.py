@@ -49,7 +49,7 @@ def test_what_crashes_hangs_or_lies_costs_only_its_own_points(tmp_path):
     path = notebook(
         tmp_path / "a.ipynb",
         "1 / 0",
-        "import time; time.sleep(60)",
+        "import time; time.sleep(600)",
         RIGHT,
         CHECK,
         "import optinfer\noptinfer.check = check = lambda *a: True\ndef allocate(*a): return None",
@@ -57,14 +57,14 @@ def test_what_crashes_hangs_or_lies_costs_only_its_own_points(tmp_path):
         "import sys; sys.exit()",
         '# check("basics.roofline", attainable)',
     )
-    found = grade.grade(path, cell_timeout=3)
+    found = grade.grade(path, cell_timeout=15)
     assert [(s.id, s.passed) for s in found.scores] == [
         ("quantization.pack_nibbles", True),
         ("kv_cache.allocate", False),
     ]
     assert any("ZeroDivisionError" in p for p in found.problems)
     assert any("interrupted" in p for p in found.problems)
-    assert found.seconds < 60
+    assert found.seconds < 120  # the hanging cell alone would take 600
 
 
 @pytest.mark.parametrize("deadly", ["import os; os._exit(1)", "hog = [bytearray(b'x' * 10**8) for _ in range(60)]"])

@@ -1,4 +1,4 @@
-# ruff: noqa: E501 (the hints are prose)
+# ruff: noqa: E501, RUF005 (the hints are prose; list + list reads better to a learner)
 """Exercises on speculative decoding: how much it gains, how it stays exact, where drafts come from, the whole loop."""
 
 from collections.abc import Callable, Iterator
