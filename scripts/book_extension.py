@@ -3,6 +3,7 @@
 - figures get an alternative text, and a widget that a page without a kernel could not show fails the build;
 - badges become plain links, because a badge is an image from another server;
 - "open in Colab" leads to the release, "suggest edit" to the master that a notebook is made from;
+- what the theme leaves without a name, or out of reach of the keyboard, gets one;
 - docstrings, written for Python's help(), become reStructuredText.
 """
 
@@ -28,6 +29,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=100)  # before napoleon
     app.connect("html-page-context", correct_links, priority=900)
     app.connect("html-page-context", load_scripts_once, priority=900)
+    app.connect("build-finished", name_controls)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -152,3 +154,25 @@ def load_scripts_once(app: Sphinx, page: str, template: str, context: dict[str, 
         for i, script in enumerate(context.get("script_files", []))
         if not (script in context["script_files"][:i] or "THEBE_JS_URL" in str(getattr(script, "attributes", "")))
     ]
+
+
+# What the theme writes, and what a screen reader or a keyboard needs instead.
+_NAMES = (
+    (
+        '<summary><span class="toctree-toggle"',
+        '<summary aria-label="Show the pages below"><span class="toctree-toggle"',
+    ),
+    ('<div role="list" class="citation-list">', '<div class="citation-list">'),
+    ('<table class="table">', '<table class="table" tabindex="0">'),
+)
+
+
+def name_controls(app: Sphinx, error: Exception | None) -> None:
+    if error is not None:
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        before = text = page.read_text(encoding="utf-8")
+        for old, new in _NAMES:
+            text = text.replace(old, new)
+        if text != before:
+            page.write_text(text, encoding="utf-8")
