@@ -3,6 +3,7 @@
 model.generate(**inputs, custom_generate=optinfer.speculative_decoding, draft="prompt_lookup", num_draft_tokens=5)
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def speculative_decoding(
     Raises:
         ValueError: a mode that cannot be combined (beams, several texts, no cache), or a draft that does not fit.
     """
+    streamer = streamer if streamer is not None else _streamer_of_generate()
     cache = model_kwargs.get("past_key_values")
     _check_mode(model, input_ids, generation_config, cache, num_draft_tokens)
     draft = _as_draft(draft, model)
@@ -86,6 +88,12 @@ def speculative_decoding(
     if generation_config.return_dict_in_generate:
         return SpeculativeOutput(sequences=input_ids, statistics=statistics)
     return input_ids
+
+
+def _streamer_of_generate() -> Any:
+    """The ``streamer`` given to `generate`: transformers 5 hands it to its own decoding methods, but to no callable."""
+    caller = sys._getframe(2)
+    return caller.f_locals.get("streamer") if caller.f_code.co_name == "generate" else None
 
 
 def _propose(draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler) -> tuple[str, Proposal]:

@@ -19,7 +19,8 @@ class SpeculativeStepper(StaticWidget):
 
     _esm = Path(__file__).with_suffix(".js")
     _widget_css = """
-.oi-spec .tok { display: inline-block; padding: 0 3px; margin: 1px; border-radius: 4px; border: 1px solid transparent; white-space: pre; }
+.oi-spec .tok { display: inline-block; padding: 0 3px; margin: 1px; border-radius: 4px;
+  border: 1px solid transparent; white-space: pre; }
 .oi-spec .yes { border-color: var(--oi-green); box-shadow: inset 0 -3px var(--oi-green); }
 .oi-spec .no { border-color: var(--oi-red); text-decoration: line-through; box-shadow: inset 0 -3px var(--oi-red); }
 .oi-spec .unseen { border: 1px dashed var(--oi-muted); color: var(--oi-muted); text-decoration: line-through; }
