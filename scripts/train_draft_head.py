@@ -211,8 +211,8 @@ def ship(arguments: argparse.Namespace) -> None:
             "acceptance_by_position": [round(a, 4) for a in statistics.acceptance()],
             "tokens_per_pass": round(statistics.tokens_per_pass, 4),
         }
-        print(kind, recipe["measured"][kind])
-    path = run.head.save(arguments.out, SHIPPED, recipe)
+        print(kind, recipe["measured"][kind], flush=True)
+        path = run.head.save(arguments.out, SHIPPED, recipe)  # after each kind: it can be stopped here too
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -159,6 +159,7 @@ class DraftHead(nn.Module):
         weights["vocabulary"] = weights["vocabulary"].int()
         target, partial = folder / f"{name}.safetensors", folder / f".{name}.partial"
         save_file(weights, partial)
+        partial.chmod(0o644)
         partial.rename(target)
         write_whole(folder / f"{name}.json", json.dumps({"sizes": self.sizes, "recipe": recipe}, indent=1) + "\n")
         return target
