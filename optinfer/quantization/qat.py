@@ -23,7 +23,7 @@ __all__ = ["fake_quantize", "qat"]
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-        return quantize_linear(x.to(dtype), bits, group_size, symmetric).dequantize(torch.float32).to(x.dtype)
+        return quantize_linear(x.to(dtype), bits, group_size, symmetric).dequantize().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
