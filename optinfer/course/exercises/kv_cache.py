@@ -278,7 +278,7 @@ def _write_script(
     for table in tables.values():
         for block in table:
             ref_count[block] = ref_count.get(block, 0) + 1
-    free = [block for block in range(100, 110)]
+    free = list(range(100, 110))
     copies = [answer(tables, ref_count, free, seq, position, block_size) for seq, position in writes]
     return [copies, tables, ref_count, free]
 

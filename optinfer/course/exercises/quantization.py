@@ -1,4 +1,4 @@
-# ruff: noqa: E501 (the hints are prose)
+# ruff: noqa: E501, RUF005 (the hints are prose)
 """Exercises of chapter 1: number formats, scales, packed bytes, NF4, LLM.int8()."""
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 # ruff: noqa: E501 (the hints are prose)
 """Exercises on serving: latency, capacity, sampling, and the scheduler."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ def latencies(arrival: float, token_times: list[float]) -> tuple[float, float]:
 
 
 def _latencies_reference(arrival: float, token_times: list[float]) -> tuple[float, float]:
-    gaps = [b - a for a, b in zip(token_times, token_times[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(token_times)]
     return token_times[0] - arrival, sum(gaps) / len(gaps) if gaps else 0.0
 
 

@@ -426,6 +426,10 @@ def prompt_lookup(tokens: list[int], max_ngram: int, num_draft: int) -> list[int
 
 
 def _lookup_reference(tokens: list[int], max_ngram: int, num_draft: int) -> list[int]:
+    return _latest_copy(tokens, max_ngram, num_draft)
+
+
+def _latest_copy(tokens: list[int], max_ngram: int, num_draft: int) -> list[int]:
     ends = {}
     for n in range(1, max_ngram + 1):
         for end in range(n, len(tokens)):
@@ -628,7 +632,7 @@ def _target_and_draft(kind: str, prompt: Any) -> tuple[Any, Any, list[int]]:
             with torch.inference_mode():
                 return model(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
 
-        return real, lambda tokens, n: _lookup_reference(tokens, 3, n), chat(tokenizer, prompt)[0].tolist()
+        return real, lambda tokens, n: _latest_copy(tokens, 3, n), chat(tokenizer, prompt)[0].tolist()
     target = _toy_target(11)
 
     def continued(tokens: list[int], n: int) -> list[int]:
