@@ -104,9 +104,9 @@ def run_continuous(model: Any, trace: list[TraceRequest]) -> list[list[int]]:
             for i, request in enumerate(trace):
                 manager.add_request(request.token_ids, request_id=str(i), max_new_tokens=request.max_tokens)
             while len(results) < len(trace):
-                output = manager.get_result(timeout=60)
+                output = manager.get_result(timeout=600)
                 if output is None:
-                    raise RuntimeError("transformers' continuous batching returned nothing for a minute")
+                    raise RuntimeError("transformers' continuous batching returned nothing for ten minutes")
                 if output.is_finished():
                     results[output.request_id] = output.generated_tokens
     finally:

@@ -38,7 +38,7 @@ def test_family(family, build_model, hf_generate):
     config = getattr(transformers, name)(**{**SHAPE, **changes})
     model = build_model(config, seed=1)
     prompts = [torch.randint(3, 97, (n,)).tolist() for n in (1, 5, 17, 30, 41)]
-    prompts.append(prompts[-1][:24] + [7, 8])  # a prefix hit
+    prompts.append([*prompts[-1][:24], 7, 8])  # a prefix hit
     expected = [hf_generate(model, p, 10) for p in prompts]
     engine = Engine(model, num_blocks=40, block_size=4, max_batched_tokens=24, draft="prompt_lookup")
     done = engine.generate(prompts, SamplingParams(max_tokens=10))
