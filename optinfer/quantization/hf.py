@@ -8,6 +8,7 @@ is loaded again: transformers only warns about a method it does not know.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -145,6 +146,8 @@ class OptinferQuantizer(HfQuantizer):
                     linear.weight.dtype,
                 )
             replace_module(model, linear, new)
+        if self.pre_quantized:
+            _check_complete(model, kwargs.get("checkpoint_files") or ())
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -180,6 +183,27 @@ class OptinferQuantizer(HfQuantizer):
                 linear = module.dequantize()
                 replace_module(model, module, linear if dtype is None else linear.to(dtype))
         return model
+
+
+def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Raise ValueError if safetensors files lack a tensor of a quantized layer: transformers would make one up."""
+    from safetensors import safe_open
+
+    present: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return
+        with safe_open(file, framework="pt") as opened:
+            present.update(opened.keys())
+    if not present:
+        return
+    present |= {key.split(".", 1)[-1] for key in present}  # saved with or without the base model's prefix
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            for parameter in module._parameters:
+                key = f"{name}.{parameter}"
+                if module._parameters[parameter] is not None and not {key, key.split(".", 1)[-1]} & present:
+                    raise ValueError(f"{key} is missing from the checkpoint")
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:

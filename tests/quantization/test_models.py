@@ -253,6 +253,7 @@ def test_footprint_of_large_models():
     assert round(memory_footprint(mistral, "nf4", double_quant=True) / 1e9, 2) == 4.13
 
 
+@pytest.mark.slow
 def test_one_full_mistral_layer():
     """Random weights of one layer at full size: computed from shapes equals allocated."""
     config = MistralConfig(
