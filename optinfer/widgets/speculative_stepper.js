@@ -26,7 +26,7 @@ function render({ model, el }) {
   const controls = element("div", { class: "oi-row" }, button("◀ Back", "one pass back", () => go(model.get("step") - 1)), play,
     button("Next ▶", "one pass on", () => go(model.get("step") + 1)), slider);
   const legend = element("div", { class: "oi-row" }, token("✓ accepted", "yes", ""), token("✗ rejected", "no", ""),
-    token("never judged", "unseen", ""), token("＋ the target's own", "own", ""));
+    token("never judged", "unseen", ""), token("the target's own", "own", ""));
   const root = element("div", { class: "oi oi-spec", tabindex: 0, role: "group", "aria-label": "speculative decoding, pass by pass" },
     element("h4", {}, "One pass of the target at a time"), element("div", { class: "oi-muted" }, model.get("prompt")), controls, draft, text, counts, legend);
   root.onkeydown = (event) => {
