@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     grade.set_defaults(command=_grade)
     _add_grade_arguments(grade)
 
+    quantize = commands.add_parser(
+        "quantize", help="quantize a model and save a checkpoint that transformers and vLLM load"
+    )
+    quantize.set_defaults(command=_quantize)
+    _add_quantize_arguments(quantize)
+
     progress = commands.add_parser("progress", help="which exercises are solved")
     progress.set_defaults(command=_progress)
     return parser
@@ -70,6 +76,18 @@ def _grade(args: argparse.Namespace) -> int:
     from optinfer.course.grade import grade_command
 
     return grade_command(args)
+
+
+def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    from optinfer.quantization.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from optinfer.quantization.command import quantize_command
+
+    return quantize_command(args)
 
 
 def _progress(args: argparse.Namespace) -> int:

@@ -27,9 +27,11 @@ RECORDED = {
 
 
 def style() -> None:
-    """Set matplotlib's defaults for the course; safe to call twice."""
+    """Set matplotlib's defaults for the course, and what figures say to screen readers; safe to call twice."""
     import matplotlib as mpl
     from cycler import cycler
+
+    _describe_figures()
 
     mpl.rcParams.update(
         {
@@ -56,6 +58,33 @@ def style() -> None:
             "legend.frameon": False,
         }
     )
+
+
+def describe(fig: "Figure") -> str:
+    """A figure in words: each panel's title, axes and labelled series; the text beside the picture in a notebook."""
+    panels = []
+    for ax in fig.axes:
+        series = [label for label in ax.get_legend_handles_labels()[1] if not label.startswith("_")]
+        parts = [
+            ax.get_title(loc="left") or ax.get_title(),
+            " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel()))),
+        ]
+        if series:
+            parts.append("series: " + ", ".join(dict.fromkeys(series)))
+        panels.append("; ".join(" ".join(part.split()) for part in parts if part))
+    return "Figure. " + ". ".join(filter(None, panels))
+
+
+def _describe_figures() -> None:
+    """In a notebook, a figure's text/plain is its description instead of its address in memory."""
+    import sys
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        from matplotlib.figure import Figure
+
+        formatter = shell.display_formatter.formatters["text/plain"]
+        formatter.for_type(Figure, lambda fig, printer, cycle: printer.text(describe(fig)))
 
 
 def figure(width: float = 7.2, height: float = 3.8, **kwargs: Any) -> tuple["Figure", Any]:

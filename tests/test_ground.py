@@ -154,6 +154,7 @@ def test_figures_close_and_label() -> None:
 
     machine = hardware.Machine("m", "cpu", None, 2, 10**9, bandwidth=10e9, matmul_flops=100e9, dtype="float32")
     fig = plots.roofline(machine, [{"label": "p", "flops": 1e9, "bytes": 1e9, "seconds": 1.0}])
+    assert "GFLOP/s over arithmetic intensity" in plots.describe(fig) and "the roof of m" in plots.describe(fig)
     assert "FLOP per byte" in fig.axes[0].get_xlabel() and fig.axes[0].get_ylabel() == "GFLOP/s"
     plt.close(fig)
 

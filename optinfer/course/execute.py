@@ -44,6 +44,7 @@ def execute(
             timeout=timeout,
             kernel_name="python3",
             allow_errors=allow_errors,
+            record_timing=False,
             resources={"metadata": {"path": str(folder or empty)}},
         )
         try:
