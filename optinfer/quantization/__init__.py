@@ -1,7 +1,7 @@
 """Chapter 1: fewer bits per weight.
 
-The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8() are those of bitsandbytes 0.50.
-Importing this package registers the quantizer ``"optinfer"`` with transformers.
+The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8() are those of bitsandbytes
+0.50. Importing this package registers the quantizer ``"optinfer"`` with transformers.
 """
 
 # A function may share its module's name (gptq, awq, calibrate, qat): imported here, the name is the function.

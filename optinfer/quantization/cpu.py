@@ -1,9 +1,10 @@
 """Fused products on CPUs: operators that restore weights in registers, and the memory layouts they want.
 
-Two operators exist. bitsandbytes has one for NF4 and FP4 on CPUs with AVX512-BF16; torch has one for int4 and one for
-int8. All take bfloat16 activations; anything else goes the plain way (`matmul.py`).
+Two operators exist. bitsandbytes has one for NF4 and FP4 on CPUs with AVX512-BF16; torch has one for int4
+and one for int8. All take bfloat16 activations; anything else goes the plain way (`matmul.py`).
 
-A layout holds the same bits in another order, in the same number of bytes, and can be undone exactly. The operators
+A layout holds the same bits in another order, in the same number of bytes, and can be undone exactly. The
+operators
 round scales to bfloat16: products differ from the plain way by about 3e-3 relative, as bfloat16 itself does.
 """
 
@@ -62,7 +63,7 @@ def aligned(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ NF4, FP4
 @cache
-def _bitsandbytes_gemv():  # noqa: ANN202
+def _bitsandbytes_gemv():
     """bitsandbytes' fused 4-bit operator, or None where it or the CPU feature is missing."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
@@ -108,7 +109,9 @@ def _interleaved(q: QuantizedTensor) -> tuple[CpuLayout, Tensor]:
 
 # ------------------------------------------------------------------------------------------------ int4, int8
 class Int4Packed(CpuLayout):
-    """The order of torch's int4 product. It is private to torch and to the CPU, so it is undone by multiplying."""
+    """The order of torch's int4 product. It is private to torch and to the CPU, so it is undone by
+    multiplying.
+    """
 
     def __init__(self, q: QuantizedTensor) -> None:
         super().__init__(q)

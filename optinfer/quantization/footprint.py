@@ -23,10 +23,12 @@ def memory_footprint(
     double_quant: bool = False,
     symmetric: bool = True,
 ) -> int:
-    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or allocated.
+    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or
+    allocated.
 
     Args:
-        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as it is.
+        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as
+            it is.
         scheme: as for `quantize`; None: not quantized.
         dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
         block_size, double_quant, symmetric: as for `quantize`.

@@ -22,8 +22,9 @@ __all__ = [
     "nf4_from_quantiles",
 ]
 
-# NF4 (QLoRA, arXiv 2305.14314, appendix E): 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact 0.
-# Stored rather than computed: `nf4_from_quantiles` agrees to 2e-7, but packed bytes must agree to the last bit.
+# NF4 (QLoRA, arXiv 2305.14314, appendix E): 16 quantiles of a normal distribution, scaled to [-1, 1], with
+# an exact 0. Stored rather than computed: `nf4_from_quantiles` agrees to 2e-7, but packed bytes must agree
+# to the last bit.
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -43,7 +44,8 @@ NF4 = (
     1.0,
 )
 
-# FP4 as in bitsandbytes: sign, two exponent bits, one mantissa bit, by code (not sorted), scaled so that the largest is 1.
+# FP4 as in bitsandbytes: sign, two exponent bits, one mantissa bit, by code (not sorted), scaled so that
+# the largest is 1.
 _FP4_HALF = tuple(v / 12 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = _FP4_HALF + tuple(-v for v in _FP4_HALF)
 
@@ -59,9 +61,9 @@ def codebook(scheme: str, device: torch.device | str = "cpu") -> Tensor:
 def nf4_from_quantiles(offset: float = 0.9677083) -> np.ndarray:
     """Derive NF4's 16 values from the quantiles of the standard normal distribution.
 
-    Eight positive levels, seven negative ones and an exact zero, each side at equally spaced probabilities between
-    1/2 and `offset`, divided by the largest. `offset` keeps the outermost quantile finite: it is the mean of
-    1 - 1/30 and 1 - 1/32, the middles of the last of 15 and of 16 equal parts.
+    Eight positive levels, seven negative ones and an exact zero, each side at equally spaced probabilities
+    between 1/2 and `offset`, divided by the largest. `offset` keeps the outermost quantile finite: it is
+    the mean of 1 - 1/30 and 1 - 1/32, the middles of the last of 15 and of 16 equal parts.
     """
     from statistics import NormalDist
 
@@ -73,7 +75,8 @@ def nf4_from_quantiles(offset: float = 0.9677083) -> np.ndarray:
 
 
 def dynamic_int8() -> tuple[float, ...]:
-    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold double-quantized scales.
+    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold
+    double-quantized scales.
 
     A sign bit, then a run of zeros that says the power of ten, then a linear fraction: seven decades with
     1, 2, 4 … 64 values each, so that small scales keep their relative precision.
@@ -172,7 +175,9 @@ class NumberFormat:
         return self.decode(self.encode(value))
 
     def fields(self, pattern: int) -> list[tuple[str, str]]:
-        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa", "10…")]``."""
+        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa",
+        "10…")]``.
+        """
         digits = format(pattern, f"0{self.bits}b")
         if self.kind == "codebook":
             return [("index", digits)]

@@ -16,7 +16,8 @@ from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
 __all__ = ["dequantize_4bit", "quantize_4bit"]
 
-# Quantize this many weights at a time: their temporaries then stay in the cache. A multiple of every block size.
+# Quantize this many weights at a time: their temporaries then stay in the cache. A multiple of every block
+# size.
 CHUNK = 1 << 15
 
 
@@ -32,11 +33,12 @@ def quantize_4bit(
         weight: any shape, float32, bfloat16 or float16, finite.
         quant_type: ``"nf4"`` or ``"fp4"``.
         block_size: 32, 64 … 4096. The last block is shorter where the size is no multiple of it.
-        double_quant: also quantize the absmax values, to 8 bits around their mean: 0.127 instead of 0.5 bits per
-            weight at block size 64.
+        double_quant: also quantize the absmax values, to 8 bits around their mean: 0.127 instead of 0.5
+            bits per weight at block size 64.
 
     Returns:
-        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high nibble.
+        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high
+            nibble.
 
     Raises:
         TypeError: `weight` is no tensor of those dtypes.
@@ -78,7 +80,9 @@ def dequantize_4bit(q: QuantizedTensor) -> Tensor:
 
 
 def nest(absmax: Tensor) -> NestedScale:
-    """Quantize the absmax values themselves (double quantization): 8-bit codes of ``absmax - mean``, blocks of 256."""
+    """Quantize the absmax values themselves (double quantization): 8-bit codes of ``absmax - mean``, blocks
+    of 256.
+    """
     offset = absmax.mean()
     values = absmax - offset
     pad = -len(values) % NestedScale.BLOCK
@@ -93,7 +97,8 @@ def nest(absmax: Tensor) -> NestedScale:
 def _nearest_codes(values: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8 ``[n]``) and absmax (float32 ``[blocks]``) of a flat float32 tensor.
 
-    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``, a short
+    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``,
+    a short
     last block is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
     """
     full = len(values) // block_size * block_size
@@ -110,9 +115,9 @@ def _nearest_codes(values: Tensor, quant_type: str, block_size: int) -> tuple[Te
 def _nearest_level(scaled: Tensor, quant_type: str) -> Tensor:
     """The code of the level nearest to each value of a flat tensor in [-1, 1], uint8.
 
-    What `torch.bucketize` with the fifteen midpoints would say, ten times faster: the range is cut into bins so
-    narrow that each holds at most one midpoint, so one look-up and one comparison settle it. Exact, because the bin
-    is a monotone function of the value, computed in the same way for values and midpoints.
+    What `torch.bucketize` with the fifteen midpoints would say, ten times faster: the range is cut into
+    bins so narrow that each holds at most one midpoint, so one look-up and one comparison settle it. Exact,
+    because the bin is a monotone function of the value, computed in the same way for values and midpoints.
     """
     below, threshold, order = _bins(quant_type, scaled.device)
     index = _bin(scaled)
@@ -129,7 +134,9 @@ def _bin(scaled: Tensor) -> Tensor:
 
 @cache
 def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For each bin: the level of values up to the threshold, and the threshold: the midpoint inside, or infinity."""
+    """For each bin: the level of values up to the threshold, and the threshold: the midpoint inside, or
+    infinity.
+    """
     midpoints, order = _boundaries(quant_type, device)
     middle_bins = _bin(midpoints).long()
     bins = torch.arange(2 * BINS + 1, device=device)

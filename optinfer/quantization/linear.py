@@ -20,10 +20,11 @@ class QuantizedLinear(nn.Module):
     """`torch.nn.Linear` with a quantized weight.
 
     The stored tensors are parameters without gradients: ``weight`` (the packed codes), ``weight_scale`` or
-    ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any other.
+    ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any
+    other.
 
-    On a CPU, the first bfloat16 product may re-order the codes for a fused operator (`cpu.py`), in the same bytes;
-    everything that looks from outside, `state_dict` included, sees the canonical order.
+    On a CPU, the first bfloat16 product may re-order the codes for a fused operator (`cpu.py`), in the same
+    bytes; everything that looks from outside, `state_dict` included, sees the canonical order.
     """
 
     weight: nn.Parameter

@@ -69,7 +69,8 @@ def quantize(
 
 
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers to quantize, by name: all but the output head and those that share an embedding's weight.
+    """The linear layers to quantize, by name: all but the output head and those that share an embedding's
+    weight.
 
     Args:
         skip: last components or full names of layers to leave out.

@@ -8,13 +8,14 @@ from torch import Tensor
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.tensor import QuantizedTensor
 
-__all__ = ["quantize_linear", "grid", "resolve_group_size"]
+__all__ = ["grid", "quantize_linear", "resolve_group_size"]
 
 BITS = (2, 3, 4, 8)
 
 
 def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
-    """Columns that share a scale: a positive int; ``"channel"`` (or -1) is a row, ``"tensor"`` (or None) everything.
+    """Columns that share a scale: a positive int; ``"channel"`` (or -1) is a row, ``"tensor"`` (or None)
+    everything.
 
     Returns the number of columns for a group or a row, and 0 for the whole tensor.
     """
@@ -30,13 +31,16 @@ def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
 def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers ``low … high``.
 
-    Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid has as many
-    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) / (2**bits - 1)``
-    over a range widened to hold 0, zero point an integer code, so that 0.0 is restored exactly.
+    Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid
+        has as many
+    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) /
+    (2**bits - 1)`` over a range widened to hold 0, zero point an integer code, so that 0.0 is restored
+    exactly.
 
     Args:
         low, high: float32, any one shape.
-        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is stored.
+        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is
+            stored.
 
     Returns:
         scale (`dtype`) and zero point (float32 integers), shape of `low`.
@@ -66,8 +70,8 @@ def quantize_linear(
     Args:
         weight: ``[out, in]``, float32, bfloat16 or float16, finite.
         bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale; ``"channel"``: one scale a row; ``"tensor"``: one in all. The last
-            group of a row is shorter where `in` is no multiple of it.
+        group_size: columns that share a scale; ``"channel"``: one scale a row; ``"tensor"``: one in all.
+            The last group of a row is shorter where `in` is no multiple of it.
         symmetric: see `grid`.
 
     Returns:
@@ -95,6 +99,4 @@ def quantize_linear(
     codes = (groups / step[..., None]).round_().add_(zero[..., None])
     codes = codes.clamp_(1 if symmetric else 0, (1 << bits) - 1).to(torch.uint8)
     codes = codes.reshape(rows, -1)[:, :width]
-    return QuantizedTensor.from_codes(
-        codes, scale, None if symmetric else zero, bits, block_size, dtype=weight.dtype
-    )
+    return QuantizedTensor.from_codes(codes, scale, None if symmetric else zero, bits, block_size, dtype=weight.dtype)

@@ -119,7 +119,8 @@ class Scheme:
         )
 
 
-# Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does not.
+# Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does
+# not.
 SCHEMES: dict[str, Scheme] = {
     "int8": Scheme("int8"),
     "llm_int8": Scheme("llm_int8"),
@@ -141,11 +142,12 @@ def resolve_scheme(
     """A scheme by name, with options checked.
 
     Args:
-        block_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or ``"channel"``
-            for one scale per row; llm_int8 has one per row always.
+        block_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
+            ``"channel"`` for one scale per row; llm_int8 has one per row always.
 
     Raises:
-        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not have.
+        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not
+            have.
     """
     check_choice(name, tuple(SCHEMES), "scheme")
     scheme = SCHEMES[name]

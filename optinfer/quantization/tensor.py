@@ -4,11 +4,11 @@ Two families share one container:
 
 * *linear* codes (``int2`` … ``int8``): ``value = (code - zero_point) * scale``, one scale per group of
   consecutive weights of a row, per row ("channel"), or for the whole tensor ("tensor");
-* *codebook* codes (``nf4``, ``fp4``): ``value = codebook[code] * absmax``, one absmax per block of consecutive
-  weights of the flattened tensor, the layout of bitsandbytes.
+* *codebook* codes (``nf4``, ``fp4``): ``value = codebook[code] * absmax``, one absmax per block of
+  consecutive weights of the flattened tensor, the layout of bitsandbytes.
 
-Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest bits of
-the first byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
+Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest
+bits of the first byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["NestedScale", "QuantizedTensor", "pack_bits", "unpack_bits"]
 SLAB = 1 << 20
 
 
-# --------------------------------------------------------------------------------------------------- bits and bytes
+# ----------------------------------------------------------------------------------------- bits and bytes
 def _word(bits: int) -> tuple[int, int]:
     """Codes and bytes of the shortest whole number of bytes: 3 bits -> 8 codes in 3 bytes."""
     codes = 8 // math.gcd(bits, 8)
@@ -79,7 +79,7 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes.flatten(-2)[..., :columns]
 
 
-# -------------------------------------------------------------------------------------------------------- containers
+# ---------------------------------------------------------------------------------------------- containers
 @dataclass
 class NestedScale:
     """The absmax values of a double-quantized tensor: 8-bit codes around their mean.
@@ -105,17 +105,18 @@ class QuantizedTensor:
     """A matrix ``[out, in]`` stored in few bits, with everything needed to restore it.
 
     Attributes:
-        packed: the codes. Linear: uint8 ``[out, ceil(in * bits / 8)]`` (signed int8 ``[out, in]`` for symmetric
-            8-bit). Codebook: uint8 ``[(out * in + 1) // 2, 1]``.
-        scale: linear: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]`` in the weight's dtype (``llm_int8``: the rows'
-            absmax, float32 ``[out]``). Codebook: float32 absmax ``[blocks]``, or a `NestedScale`.
+        packed: the codes. Linear: uint8 ``[out, ceil(in * bits / 8)]`` (signed int8 ``[out, in]`` for
+            symmetric 8-bit). Codebook: uint8 ``[(out * in + 1) // 2, 1]``.
+        scale: linear: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]`` in the weight's dtype (``llm_int8``:
+            the rows' absmax, float32 ``[out]``). Codebook: float32 absmax ``[blocks]``, or a `NestedScale`.
         shape: of the restored tensor.
         dtype: of the restored tensor.
         scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
         bits: of one code.
-        block_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a row).
-        zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric codes
-            have the fixed zero ``2 ** (bits - 1)``.
+        block_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
+            row).
+        zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
+            codes have the fixed zero ``2 ** (bits - 1)``.
         group_index: int32 ``[in]``, the group of each input column, where groups are not consecutive columns
             (GPTQ's activation order); None otherwise.
     """
@@ -142,7 +143,8 @@ class QuantizedTensor:
         dtype: torch.dtype,
         group_index: Tensor | None = None,
     ) -> QuantizedTensor:
-        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ, AWQ…).
+        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ,
+        AWQ…).
 
         Args:
             codes: integers in ``0 … 2**bits - 1``.
@@ -216,7 +218,9 @@ class QuantizedTensor:
 
     @property
     def absmax(self) -> Tensor:
-        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is nested."""
+        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is
+        nested.
+        """
         if not (self.is_codebook or self.scheme == "llm_int8"):
             raise AttributeError(f"scheme {self.scheme!r} has .scale, not .absmax")
         return self.scale.restore() if isinstance(self.scale, NestedScale) else self.scale
@@ -239,7 +243,9 @@ class QuantizedTensor:
         return unpack_bits(self.zero_point, self.bits, self.scale.shape[-1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default: `self.dtype`)."""
+        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default:
+        `self.dtype`).
+        """
         dtype = dtype or self.dtype
         if len(self.shape) != 2:
             return self._codebook_range(0, math.prod(self.shape), dtype).reshape(self.shape)

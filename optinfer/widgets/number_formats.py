@@ -11,8 +11,10 @@ from optinfer.widgets.base import StaticWidget
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
     "name": "sixteen example weights",
-    "values": [0.021, -0.043, 0.008, 0.113, -0.062, 0.03, -0.005, 0.051]
-    + [-0.092, 0.014, 0.037, -0.018, 0.071, -0.027, 0.002, -0.155],
+    "values": [
+        *(0.021, -0.043, 0.008, 0.113, -0.062, 0.03, -0.005, 0.051),
+        *(-0.092, 0.014, 0.037, -0.018, 0.071, -0.027, 0.002, -0.155),
+    ],
 }
 
 

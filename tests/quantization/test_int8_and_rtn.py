@@ -97,10 +97,10 @@ def test_zero_is_exact():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (dict(bits=5), "bits must be one of"),
-    (dict(group_size=0), "group_size must be"),
-    (dict(group_size=2.5), "group_size must be"),
-    (dict(group_size="row"), "group_size must be"),
+    ({"bits": 5}, "bits must be one of"),
+    ({"group_size": 0}, "group_size must be"),
+    ({"group_size": 2.5}, "group_size must be"),
+    ({"group_size": "row"}, "group_size must be"),
 ])  # fmt: skip
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):

@@ -23,16 +23,16 @@ from optinfer.quantization import (
 )
 from optinfer.quantization.footprint import allocated_bytes, empty_model
 
-CONFIG = dict(
-    hidden_size=128,
-    intermediate_size=320,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=256,
-    tie_word_embeddings=True,
-    attention_bias=True,
-)
+CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+}
 VARIANTS = [(name, {}) for name in SCHEMES] + [
     ("nf4", {"double_quant": True}),
     ("fp4", {"block_size": 128}),
