@@ -4,6 +4,14 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 A layer's output is ``W x``, so what matters is not how far a rounded weight is from the original but how far the
 output moves over real inputs: ``sum |(W - Q) x|^2 = trace((W - Q) H (W - Q)^T)`` with ``H`` the sum of ``x x^T``.
+
+Two choices keep that error at or below round to nearest's, always:
+
+- The grids are those of the original weights ("static groups" in the authors' code). The paper refits each group's grid
+  to the weights as compensation has left them; at 2 bits that feeds back: errors as large as the weights widen the next
+  grid, whose steps make larger errors still. Measured on random matrices, 1.6 times round to nearest's error with
+  refitted grids and 0.64 with static ones; at 3 and 4 bits the two are within a few percent.
+- Rows of a layer do not interact, so a row that compensation did not help keeps its nearest codes.
 """
 
 from __future__ import annotations
@@ -31,10 +39,15 @@ def output_error(weight: Tensor, restored: Tensor | QuantizedTensor, hessian: Te
     With the Hessian of `calibrate` (``2 / n * sum x x^T``) this is twice the mean squared change of the output vector.
     Evaluated in float64.
     """
+    return float(row_errors(weight, restored, hessian).sum())
+
+
+def row_errors(weight: Tensor, restored: Tensor | QuantizedTensor, hessian: Tensor) -> Tensor:
+    """The same for each output feature, float64 ``[out]``."""
     if isinstance(restored, QuantizedTensor):
         restored = restored.dequantize(torch.float32)
     difference = weight.detach().double() - restored.double()
-    return float(((difference @ hessian.double()) * difference).sum())
+    return ((difference @ hessian.double()) * difference).sum(1)
 
 
 def gptq_quantize(
@@ -54,13 +67,13 @@ def gptq_quantize(
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; must divide `in`. ``"channel"``: one scale a row.
         damp: this share of the Hessian's mean diagonal is added to its diagonal.
-        act_order: visit the columns with the largest inputs first, while most others can still make up for them. The
-            groups stay consecutive columns with scales fixed beforehand ("static groups"), so that the stored format
-            does not change and no kernel has to gather.
+        act_order: visit the columns with the largest inputs first, while most others can still make up for them. Groups
+            stay consecutive columns, so the stored format does not change and no kernel has to gather.
         symmetric: see `rtn.grid`.
 
     Returns:
-        A QuantizedTensor of scheme ``int{bits}``, like `quantize_linear`'s.
+        A QuantizedTensor of scheme ``int{bits}`` with the scales and zero points of `quantize_linear`. In no row is
+        ``trace((W - Q) H (W - Q)^T)`` larger than for that function's codes.
 
     Raises:
         ValueError: shapes disagree, groups do not divide, or the Hessian stays indefinite after three times more damping.
@@ -90,51 +103,35 @@ def gptq_quantize(
         columns = columns[order]
 
     top, bottom = (1 << bits) - 1, 1 if symmetric else 0
-    scale = torch.empty(width // group, rows, dtype=weight.dtype, device=weight.device)
-    zero = torch.empty(width // group, rows, device=weight.device)
-    if order is not None:
-        low, high = weight.detach().float().unflatten(1, (-1, group)).aminmax(dim=-1)
-        low, high = low.T, high.T
-        scale[:], zero[:] = grid(low, high, bits, symmetric, weight.dtype)
+    groups = weight.detach().float().unflatten(1, (-1, group))
+    scale, zero = (t.T.contiguous() for t in grid(*groups.aminmax(dim=-1), bits, symmetric, weight.dtype))
+    step = torch.where(scale == 0, 1, scale).float()  # each [groups, out]
+
+    def nearest(column: Tensor, g: int) -> Tensor:
+        return (column.float() / step[g]).round_().add_(zero[g]).clamp_(bottom, top)
 
     codes = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)
-    block = block_length(group, width)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
         local = columns[start:stop]
         errors = torch.empty_like(local)
-        for i in range(stop - start):
-            at = start + i
+        for i, at in enumerate(range(start, stop)):
             column = at if order is None else int(order[at])
             g = column // group
-            if order is None and column % group == 0:  # the grid fits the weights as compensation has left them
-                low, high = columns[at : at + group].float().aminmax(dim=0)
-                scale[g], zero[g] = grid(low, high, bits, symmetric, weight.dtype)
-            step = torch.where(scale[g] == 0, 1, scale[g]).float()
-            code = (local[i].float() / step).round_().add_(zero[g]).clamp_(bottom, top)
-            rounded = (code - zero[g]).double() * scale[g].double()
+            code = nearest(local[i], g)
             codes[column] = code.to(torch.uint8)
+            rounded = (code - zero[g]).double() * scale[g].double()
             errors[i] = (local[i] - rounded) / factor[at, at]
             local[i:].addr_(factor[at, at:stop], errors[i], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
-    return QuantizedTensor.from_codes(
-        codes.T.contiguous(),
-        scale.T.contiguous(),
-        None if symmetric else zero.T.contiguous().to(torch.uint8),
-        bits,
-        group,
-        dtype=weight.dtype,
-    )
+    def finish(codes: Tensor) -> QuantizedTensor:
+        zeros = None if symmetric else zero.T.contiguous().to(torch.uint8)
+        return QuantizedTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
 
-
-def block_length(group: int, width: int) -> int:
-    """About `BLOCK` columns, such that every group begins where all of it has been updated."""
-    if group == width:
-        return min(BLOCK, width)
-    if group <= BLOCK:
-        return group * (BLOCK // group)
-    return max(d for d in range(1, BLOCK + 1) if group % d == 0)
+    compensated, plain = finish(codes.T.contiguous()), quantize_linear(weight, bits, group, symmetric)
+    worse = row_errors(weight, compensated, hessian) > row_errors(weight, plain, hessian)
+    return finish(torch.where(worse[:, None], plain.codes(), compensated.codes())) if worse.any() else compensated
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
