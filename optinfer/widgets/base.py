@@ -56,7 +56,9 @@ class StaticWidget(anywidget.AnyWidget):
     _widget_css: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if "_css" not in vars(cls):  # anywidget makes a further subclass for each instance, with its own trait of that name
+        if "_css" not in vars(
+            cls
+        ):  # anywidget makes a further subclass for each instance, with its own trait of that name
             cls._css = _COMMON_CSS + cls._widget_css
         super().__init_subclass__(**kwargs)
 
