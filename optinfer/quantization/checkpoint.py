@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ def save_checkpoint(
         model: a transformers model whose linears were quantized by `quantize`, `gptq`, `awq`, `qat` …
         path: the folder to make; it must not exist.
         format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
-            ``"bitsandbytes"`` (nf4, fp4, llm_int8).
+            ``"bitsandbytes"`` (nf4, fp4, llm_int8). Quantize with ``symmetric=True`` for compressed-tensors: transformers
+            (5.23, with compressed-tensors 0.20) cannot load affine files, not even those that library writes itself,
+            because it expects zero points unpacked. vLLM and the library's own decompressor read them; writing one warns.
         tokenizer: saved along when given; the generation config always is.
 
     Returns:
@@ -141,6 +144,12 @@ def save_checkpoint(
     if format == "bitsandbytes":
         return _bitsandbytes(model, target, tokenizer)
     _check_uniform(layers, format)
+    if format == "compressed-tensors" and not next(iter(layers.values())).symmetric:
+        warnings.warn(
+            "transformers cannot load affine compressed-tensors checkpoints (it expects unpacked zero points, the format "
+            "packs them): use vLLM, or quantize with symmetric=True, or write format='awq' or 'gptq'",
+            stacklevel=2,
+        )
     tensors, config = _convert(model, layers, format)
     dtype = torch.float16 if format in ("gptq", "awq") else None
     tensors |= _other_tensors(model, layers, dtype)

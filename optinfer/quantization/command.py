@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="awq")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--grid", choices=("symmetric", "affine"), help="affine for awq files, else symmetric")
     parser.add_argument("--export", choices=[f for f in FORMATS if f != "bitsandbytes"], default="compressed-tensors")
     parser.add_argument("--out", required=True, type=Path, help="the folder to make")
     parser.add_argument("--evaluate", type=int, default=8192, metavar="TOKENS", help="for perplexity (0: skip it)")
@@ -34,6 +35,8 @@ def quantize_command(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise ValueError(f"{args.out} exists: choose another folder, or remove it first")
+    # Files with zero points are the rule for AWQ; in the other formats fewer programs load them, see `save_checkpoint`.
+    grid = args.grid or ("affine" if args.export == "awq" else "symmetric")
     model, tokenizer = load_model(None if args.model == "default" else args.model)
 
     def quality() -> str:
@@ -45,13 +48,13 @@ def quantize_command(args: argparse.Namespace) -> int:
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     quality_before = quality()
     start = time.perf_counter()
-    rung(model, tokenizer, args.method, args.bits, args.group_size)
+    rung(model, tokenizer, args.method, args.bits, args.group_size, symmetric=grid == "symmetric")
     seconds = time.perf_counter() - start
     folder = save_checkpoint(model, args.out, args.export, tokenizer)
     after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     dequantize(model)
     quality_after = quality()
-    print(f"{args.method}, {args.bits} bits, groups of {args.group_size}, written as {args.export} to {folder}")
+    print(f"{args.method}, {args.bits} bits, {grid} groups of {args.group_size}, written as {args.export} to {folder}")
     print(f"{'':12}{'before':>18}{'after':>18}")
     print(f"{'size':12}{before / 1e6:>15.1f} MB{after / 1e6:>15.1f} MB")
     print(f"{'perplexity':12}{quality_before:>18}{quality_after:>18}")

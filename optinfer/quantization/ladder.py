@@ -23,11 +23,13 @@ EVALUATION_TOKENS = 8192
 CALIBRATION: dict[str, Any] = {"num_sequences": 32, "length": 256}
 
 
-def rung(model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 64, **options: Any) -> Any:
-    """Quantize a model in place by the name of the method; affine grids."""
-    common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": False}
+def rung(
+    model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 64, symmetric: bool = False, **options: Any
+) -> Any:
+    """Quantize a model in place by the name of the method; the ladder's grids are affine."""
+    common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if method == "rtn":
-        return quantize(model, f"int{bits}", block_size=group_size, symmetric=False, progress=False)
+        return quantize(model, f"int{bits}", block_size=group_size, symmetric=symmetric, progress=False)
     if method == "gptq":
         return gptq(model, tokenizer, **common, **CALIBRATION, **options)
     if method in ("awq", "awq+gptq"):
@@ -36,7 +38,7 @@ def rung(model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 6
     if method == "qat":
         from optinfer.quantization.qat import qat
 
-        return qat(model, tokenizer, bits=bits, group_size=group_size, symmetric=False, **options)
+        return qat(model, tokenizer, **common, **options)
     raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
 
 
