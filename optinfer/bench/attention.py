@@ -5,6 +5,7 @@ dimensions 64 and 128, causal and not; then one query per sequence over a long c
 On a CPU the sizes are small and interpreted kernels are checked, not timed.
 """
 
+import functools
 import statistics
 import time
 import weakref
@@ -45,6 +46,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def problems(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    lengths: tuple[int, ...]
     if device.type != "cuda":
         lengths = (256,) if quick else (256, 512, 1024)
         shapes = [(1, 4, 4, n, n, d, c) for d in (64, 128) for c in (False, True) for n in lengths]
@@ -99,7 +101,8 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
         baseline = (attention_reference(q[:1], k[:1], v[:1], sizes["causal"]).double() - exact).abs().max().item()
 
     interpreted = device.type != "cuda"
-    rows, running = [], {}
+    rows: list[dict[str, Any]] = []
+    running: dict[str, tuple[dict[str, Any], Callable, list[float]]] = {}
     for name, attend in peers(sizes, device, dtype).items():
         row = {"peer": name, **sizes, "dtype": str(dtype).removeprefix("torch."), "seconds": None}
         rows.append(row)
@@ -109,16 +112,16 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
             row["skipped"] = str(error).strip().split("\n")[0][:80]
             continue
         if exact is not None:
-            error = (out[:1].double() - exact).abs().max().item()
-            row |= {"error": error, "error_ratio": error / baseline if baseline else None}
+            deviation = (out[:1].double() - exact).abs().max().item()
+            row |= {"error": deviation, "error_ratio": deviation / baseline if baseline else None}
         if interpreted and name.startswith("optinfer"):
             row["skipped"] = "interpreted: checked, not timed"
             continue
-        row["peak_bytes"] = peak_extra_bytes(lambda attend=attend: attend(q, k, v))
+        row["peak_bytes"] = peak_extra_bytes(functools.partial(attend, q, k, v))
         running[name] = (row, attend, [])
     for _ in range(repeats):
         for _, attend, samples in running.values():
-            samples.append(_seconds(lambda attend=attend: attend(q, k, v), device))
+            samples.append(_seconds(functools.partial(attend, q, k, v), device))
     flops = attention_flops(*(sizes[n] for n in ("batch", "heads", "q_len", "kv_len", "head_dim", "causal")))
     ceiling = hardware.this_machine().matmul_flops
     for row, _, samples in running.values():

@@ -31,7 +31,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
     """All peers on one shape, checked against each other before any is timed."""
     blocks = -(-context // BLOCK_SIZE)
-    options = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
     k, v = (torch.randn(batch * blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM, **options) for _ in range(2))
     tables = torch.randperm(batch * blocks, device=device).view(batch, blocks).int()
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)

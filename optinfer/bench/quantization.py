@@ -53,7 +53,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         options = VARIANTS[name]
         made: dict[str, nn.Module] = {}
 
-        def make(peer: str, options: dict = options, made: dict = made) -> Callable[[], None]:
+        def make(peer: str, options: dict = options, made: dict = made) -> Callable[[nn.Module], None]:
             def work(target: nn.Module) -> None:
                 made[peer] = QUANTIZE[peer](target, **options)
 
@@ -111,7 +111,7 @@ def _quantize_by_bitsandbytes(model: nn.Module, scheme: str, double_quant: bool 
                 weight, requires_grad=False, quant_type=scheme, compress_statistics=double_quant
             )
         new.bias = linear.bias
-        new.weight = new.weight.to(device)
+        new.to(device)
         replace_module(model, linear, new.eval())
     return model
 
@@ -144,7 +144,8 @@ def _decode_rows(variant: str, models: dict[str, Any], rounds: int, context: int
 
     rows = []
     for batch in (1, 8):
-        steps, seconds = {}, {peer: [] for peer in models}
+        steps: dict[str, Any] = {}
+        seconds: dict[str, list[float]] = {peer: [] for peer in models}
         for peer, model in models.items():
             prompt = torch.randint(0, 1000, (batch, context), device=model.device)
             cache = DynamicCache(config=model.config)

@@ -118,7 +118,7 @@ def _expected(exercise: Exercise, c: Case) -> Any:
 def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcome:
     try:
         with _time_limit(exercise.limit):
-            if exercise.model:  # the model runs the package: watch only the reader's own part
+            if exercise.model and exercise.run:  # the model runs the package: watch only the reader's own part
                 return _Outcome(exercise.run(_watched(exercise, answer) if watched else answer, *c.args))
             with _watch(exercise) if watched else _nothing():
                 return _Outcome(exercise.run(answer, *c.args) if exercise.run else answer(*c.args))

@@ -54,7 +54,7 @@ def _numbers(expected: Any, got: Any, rtol: float, atol: float, where: str) -> D
     if isinstance(expected, int):
         same = got == expected
     else:
-        same = bool(np.isclose(float(got), expected, rtol=rtol, atol=atol, equal_nan=True))
+        same = bool(np.isclose(np.asarray(got), expected, rtol=rtol, atol=atol, equal_nan=True))
     if same:
         return None
     kind = "nan" if got != got and expected == expected else "value"
@@ -96,7 +96,7 @@ def show(value: Any, width: int = 160) -> str:
     if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
         text = "(" + "; ".join(show(item, 80) for item in value) + ")"
     else:
-        text = getattr(value, "__name__", None) if callable(value) else repr(value)
+        text = getattr(value, "__name__", "") if callable(value) else ""
         text = text or repr(value)
     return text if len(text) <= width else text[: width - 1] + "…"
 

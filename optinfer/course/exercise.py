@@ -214,7 +214,7 @@ def _globals(cls: type) -> dict[str, Any]:
 def _replace_bodies(source: str, replace: Callable[[str, str], str]) -> str:
     """Replace what follows the signature and docstring of every function, or of every method of a class."""
     lines = source.splitlines()
-    tree = ast.parse(source).body[0]
+    tree: Any = ast.parse(source).body[0]
     functions = (
         [tree] if isinstance(tree, ast.FunctionDef) else [n for n in tree.body if isinstance(n, ast.FunctionDef)]
     )

@@ -176,7 +176,7 @@ def _run(
                 if left <= 0:
                     result.problems.append(f"cell {index + 1} and those after it were not run: out of time")
                     break
-                client.timeout = min(cell_timeout, left)
+                client.timeout = max(1, int(min(cell_timeout, left)))
                 started = time.perf_counter()
                 client.execute_cell(cell, index)
                 if time.perf_counter() - started >= client.timeout:
@@ -184,7 +184,7 @@ def _run(
                 problem = next((o for o in cell.outputs if o.output_type == "error"), None)
                 if problem is not None and problem.ename != "KeyboardInterrupt":
                     result.problems.append(f"cell {index + 1} raised {problem.ename}: {_first_line(problem.evalue)}")
-            client.timeout = max(60.0, 20.0 * len(ids))
+            client.timeout = max(60, 20 * len(ids))
             ask = nbformat.v4.new_code_cell(_ASK.format(mark=_MARK, ids=ids))
             notebook.cells.append(ask)
             index = len(notebook.cells) - 1

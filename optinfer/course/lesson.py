@@ -191,7 +191,7 @@ def free_memory(device: "torch.device") -> int:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.3g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _close(guess: float, measured: float) -> bool:

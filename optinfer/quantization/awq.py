@@ -71,7 +71,7 @@ def scaling_groups(layer: nn.Module) -> list[Scaling]:
 
 
 @torch.no_grad()
-def gain_offset(norm: nn.Module) -> float:
+def gain_offset(norm: Any) -> float:
     """1 for norms that multiply by ``1 + weight`` (Gemma), 0 for those that multiply by ``weight``: asked, not guessed."""
     kept = norm.weight.data
     try:
@@ -89,7 +89,7 @@ def fold(layer: nn.Module, scaling: Scaling, scale: Tensor) -> None:
 
     The layer computes the same function as before.
     """
-    previous = layer.get_submodule(scaling.previous)
+    previous: Any = layer.get_submodule(scaling.previous)
     if isinstance(previous, nn.Linear):
         previous.weight.div_(scale[:, None].to(previous.weight.dtype))
     else:
@@ -271,8 +271,8 @@ def awq(
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
     run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
     check_groups(model, bits, group_size)
-    for layer in run.layers.values():
-        scaling_groups(layer)
+    for module in run.layers.values():
+        scaling_groups(module)
     quantized: dict[str, QuantizedTensor] = {}
     others: dict[str, Tensor] = {}
     for layer in run:

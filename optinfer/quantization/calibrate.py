@@ -115,7 +115,7 @@ class CalibrationLayer:
                     self.statistics[name] = owners[id(x)]
                     return
                 if mine is None:
-                    mine = self.statistics[name] = InputStatistics.empty(module.in_features, x.device)
+                    mine = self.statistics[name] = InputStatistics.empty(x.shape[-1], x.device)
                 mine.add(x)
                 owners[id(x)] = mine
                 held.append(x)

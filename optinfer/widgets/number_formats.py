@@ -66,7 +66,7 @@ class NumberFormats(StaticWidget):
         return cls(blocks=blocks)
 
     def summary(self) -> str:
-        values = self.blocks[self.block]["values"]
+        values: Any = self.blocks[self.block]["values"]
         value, absmax = values[self.index], max(map(abs, values))
         lines = [f"{value:.6g} from {self.blocks[self.block]['name']}, block of {len(values)}, absmax {absmax:.6g}"]
         for f in FORMATS.values():

@@ -1,5 +1,6 @@
 """The widget's JavaScript manager does what the Python manager does: same events, same state, same refusals."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -21,7 +22,8 @@ import { readFileSync } from "node:fs";
 const { default: js } = await import(process.argv[1]);
 const names = { allocate: 1, append: 1, commit: 1, fork: 1, truncate: 1, free: 1, preempt: 1 };
 const out = JSON.parse(readFileSync(0, "utf8")).map((trace) => {
-  let m = new js.BlockManager(trace.num_blocks, trace.block_size, { prefixCaching: trace.prefix_caching, watermark: trace.watermark });
+  const options = { prefixCaching: trace.prefix_caching, watermark: trace.watermark };
+  let m = new js.BlockManager(trace.num_blocks, trace.block_size, options);
   const errors = [];
   trace.operations.forEach(([name, ...args], i) => {
     try { m[name](...args); errors.push(null); } catch (error) {
@@ -135,10 +137,8 @@ def test_a_broken_port_would_be_noticed(module, tmp_path):
         assert old in source
         broken = tmp_path / "broken.mjs"
         broken.write_text(source.replace(old, new), encoding="utf-8")
-        try:
+        with contextlib.suppress(subprocess.CalledProcessError):
             assert run_node(RUN, traces, str(broken)) != expected
-        except subprocess.CalledProcessError:
-            pass
 
 
 @needs_node
