@@ -21,7 +21,7 @@ def compile_attention(
     torch_dtype = DTYPES[dtype]
     if kernel == "flash_attention":
         function = flash_attention.flash_attention_kernel
-        tile = flash_attention.tile_for(arch, torch_dtype, head_dim)
+        tile = flash_attention.tile_for(arch, torch_dtype, head_dim, extras)
     elif kernel == "flash_attention_tma":
         function = flash_attention_tma.flash_attention_tma_kernel
         tile = flash_attention_tma.tile_for(arch, head_dim)

@@ -12,7 +12,7 @@ online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -209,18 +209,17 @@ def block_d(head_dim: int) -> int:
 # (bytes per element, padded head_dim) -> tile. Large tiles do more arithmetic per byte loaded, until the accumulator
 # (block_m x head_dim in fp32) and the scores no longer fit the registers. Every entry compiles without a spill.
 _FP32 = {
-    (4, 32): Tile(64, 32, 4, 2),
+    (4, 32): Tile(32, 32, 8, 2),
     (4, 64): Tile(64, 32, 8, 2),
-    (4, 128): Tile(32, 32, 8, 2),
-    (4, 256): Tile(16, 16, 8, 2),
+    (4, 128): Tile(16, 32, 8, 2),
+    (4, 256): Tile(16, 16, 8, 1),
 }
-_AMPERE = {  # 99 KB of shared memory on sm_86, 89 and 120
+_AMPERE = {  # and later; sm_86, 89 and 120 have 99 KB of shared memory
     (2, 32): Tile(128, 64, 8, 3),
     (2, 64): Tile(128, 64, 8, 3),
     (2, 128): Tile(128, 64, 8, 3),
     (2, 256): Tile(64, 32, 8, 2),
 }
-_HOPPER = _AMPERE | {(2, 256): Tile(128, 64, 8, 2)}  # 227 KB
 _TURING = {  # no tensor cores from Triton: products run on the ordinary cores, and small tiles are all that fits
     (2, 32): Tile(32, 32, 4, 1),
     (2, 64): Tile(32, 32, 8, 1),
@@ -228,14 +227,15 @@ _TURING = {  # no tensor cores from Triton: products run on the ordinary cores, 
     (2, 256): Tile(16, 16, 8, 1),
 }
 # Compute capability and later -> tiles.
-TILES = {75: _TURING | _FP32, 80: _AMPERE | _FP32, 90: _HOPPER | _FP32, 120: _AMPERE | _FP32}
+TILES = {75: _TURING | _FP32, 80: _AMPERE | _FP32}
 INTERPRETER_TILE = Tile(64, 64, 4, 2)
 
 
-def tile_for(arch: int, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile for a compute capability (90 is Hopper), from `TILES`."""
+def tile_for(arch: int, dtype: torch.dtype, head_dim: int, softcap: bool = False) -> Tile:
+    """The tile for a compute capability (90 is Hopper), from `TILES`; tanh needs registers, so a soft-cap halves it."""
     family = max((known for known in TILES if known <= arch), default=75)
-    return TILES[family][dtype.itemsize, max(32, block_d(head_dim))]
+    tile = TILES[family][dtype.itemsize, max(32, block_d(head_dim))]
+    return replace(tile, block_n=tile.block_n // 2) if softcap and tile.block_n > 16 else tile
 
 
 # ---- the launch -------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def flash_attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel() == 0:
         return out, lse
-    tile = tile or choose_tile(q)
+    tile = tile or choose_tile(q, softcap is not None)
     launch(
         flash_attention_kernel,
         (triton.cdiv(a.q_len, tile.block_m), a.heads, a.batch),
@@ -295,9 +295,9 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def choose_tile(q: torch.Tensor) -> Tile:
+def choose_tile(q: torch.Tensor, softcap: bool) -> Tile:
     """The table's tile for this tensor's GPU; a middling one for the interpreter."""
     if will_interpret(q.device):
         return INTERPRETER_TILE
     major, minor = torch.cuda.get_device_capability(q.device)
-    return tile_for(10 * major + minor, q.dtype, q.shape[3])
+    return tile_for(10 * major + minor, q.dtype, q.shape[3], softcap)

@@ -99,26 +99,27 @@ def flash_attention_tma_kernel(
             store_lse(lse_ptr, m, l, rows, q_len, head, batch.to(tl.int64), heads)
 
 
-# Padded head_dim -> tile. Every entry compiles without a spill for sm_90 and later, within sm_120's shared memory too
-# where it is the "small" one.
-TILES = {
+# Compute capability and later -> padded head_dim -> tile. Every entry compiles without a spill.
+_HOPPER = {
     32: Tile(128, 128, 8, 2),
     64: Tile(128, 128, 8, 2),
     128: Tile(128, 128, 8, 2),
-    256: Tile(128, 64, 8, 2),
+    256: Tile(128, 32, 8, 2),
 }
-SMALL_TILES = {
+_SMALL = {  # 99 KB of shared memory
     32: Tile(128, 64, 8, 2),
     64: Tile(128, 64, 8, 2),
     128: Tile(128, 32, 8, 2),
-    256: Tile(64, 32, 8, 1),
+    256: Tile(32, 32, 8, 1),
 }
+TILES = {90: _HOPPER, 100: _HOPPER | {256: Tile(64, 64, 8, 2)}, 120: _SMALL}
 INTERPRETER_TILE = Tile(64, 64, 4, 2)
 
 
 def tile_for(arch: int, head_dim: int) -> Tile:
     """The tile for a compute capability (90 is Hopper)."""
-    return (SMALL_TILES if arch >= 120 else TILES)[max(32, block_d(head_dim))]
+    family = max((known for known in TILES if known <= arch), default=90)
+    return TILES[family][max(32, block_d(head_dim))]
 
 
 def flash_attention(
