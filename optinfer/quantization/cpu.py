@@ -23,7 +23,13 @@ __all__ = ["CpuLayout", "layout_for"]
 
 
 class CpuLayout:
-    """A weight in the order that a fused operator reads."""
+    """A weight in the order that a fused operator reads.
+
+    Where that order is the canonical one, products of many tokens are better off restoring the weight once.
+    """
+
+    in_order = False
+    MANY_TOKENS = 128
 
     def __init__(self, q: QuantizedTensor) -> None:
         self.shape = tuple(q.shape)
@@ -145,6 +151,8 @@ def _int4_packed(q: QuantizedTensor) -> tuple[CpuLayout, Tensor]:
 
 class Int8Rows(CpuLayout):
     """torch's int8 product reads rows as they are."""
+
+    in_order = True
 
     def __init__(self, q: QuantizedTensor) -> None:
         super().__init__(q)

@@ -16,9 +16,9 @@ from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
 __all__ = ["dequantize_4bit", "quantize_4bit"]
 
-# Quantize this many weights at a time: their temporaries then stay in the cache. A multiple of every block
-# size.
-CHUNK = 1 << 15
+# Quantize this many weights at a time: temporaries stay small, and threads have enough to do between two barriers.
+# A multiple of every block size.
+CHUNK = 1 << 18
 
 
 def quantize_4bit(

@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
     # ---- the product
     def forward(self, x: Tensor) -> Tensor:
         layout = self._cpu_layout(x)
-        if layout is None:
+        if layout is None or (layout.in_order and x.numel() > layout.MANY_TOKENS * self.in_features):
             return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
         out = layout.matmul(aligned(x.reshape(-1, self.in_features)), self.weight.data)
         out = out.view(*x.shape[:-1], self.out_features)
