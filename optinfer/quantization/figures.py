@@ -72,9 +72,17 @@ def scheme_quality(rows: list[dict[str, Any]]) -> Figure:
     fig, ax = plots.figure(height=3.6)
     for row, color in zip(rows, plots.CYCLE * 2):
         ax.errorbar(row["megabytes"], row["kl"], yerr=row["kl_stderr"], fmt="o", color=color, capsize=3)
-        ax.annotate(row["scheme"], (row["megabytes"], row["kl"]), xytext=(7, 4), textcoords="offset points", fontsize=9)
+        left = len(row["scheme"]) > 8  # long names go where there is room
+        ax.annotate(
+            row["scheme"],
+            (row["megabytes"], row["kl"]),
+            xytext=(-7 if left else 7, -4 if left else 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=9,
+        )
     ax.set(xlabel="whole model (MB)", ylabel="KL divergence from bf16 (nats per token)", yscale="log")
-    ax.margins(x=0.16, y=0.12)
+    ax.margins(x=0.3, y=0.12)
     return fig
 
 
