@@ -164,6 +164,7 @@ _NAMES = (
     ),
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
     ('<table class="table">', '<table class="table" tabindex="0">'),
+    ("<table>", "<table tabindex=0>"),  # no quotes: it may stand in a script's string
 )
 
 

@@ -86,6 +86,7 @@ def executed(path: Path, timeout: float = 600) -> Any:
         return known
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start = time.perf_counter()
+    os.environ["OPTINFER_PROGRESS"] = "progress.json"  # in the notebook's own empty folder, never the user's file
     notebook = execute(path, timeout=timeout)
     seconds = time.perf_counter() - start
     for cell in notebook.cells:

@@ -241,3 +241,14 @@ def test_a_failing_cell_fails_the_notebook(tmp_path: Path) -> None:
     nbformat.write(notebook, path)
     with pytest.raises(NotebookError, match="ZeroDivisionError"):
         execute(path, timeout=60)
+
+
+def test_directives_become_portable_markdown() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from build_notebooks import portable
+
+    text = ":::{dropdown} First?\nYes.\n:::\n\n:::{dropdown} Second?\nNo.\n:::\n\n:::{note}\nA `b`.\n:::\n"
+    assert portable(text) == (
+        "<details><summary>First?</summary>\n\nYes.\n\n</details>\n\n"
+        "<details><summary>Second?</summary>\n\nNo.\n\n</details>\n\n> **Note**\n>\n> A `b`.\n"
+    )

@@ -79,7 +79,7 @@ def progress() -> Table:
         rows.append(
             (chapter.title, bar, f"{len(solved)}/{len(ours)}", f"{points}/{possible}", left[0] if left else "done")
         )
-    caption = f"{done} of {total} points. Kept in {path()}"
+    caption = f"{done} of {total} points. Kept in {str(path()).replace(str(Path.home()), '~', 1)}"
     return Table(("chapter", "", "solved", "points", "next"), tuple(rows), caption)
 
 

@@ -23,7 +23,7 @@ function render({ model, el }) {
   const W = 640, cell = Math.min(44, (W - 20) / columns), high = 120;
   let at = 0; // columns rounded so far
 
-  const svg = shape("svg", { viewBox: `0 0 ${W} ${rows * cell + high + 40}`, width: "100%", role: "img" });
+  const svg = shape("svg", { viewBox: `0 0 ${W} ${rows * cell + high + 40}`, width: "100%", role: "img", "aria-label": "Weights by column: quantized, and the error moved to the columns not yet quantized" });
   const text = element("div", { class: "oi-muted", "aria-live": "polite" });
   const slider = element("input", { type: "range", min: 0, max: columns, value: 0, "aria-label": "columns rounded" });
   const back = element("button", { type: "button", "aria-label": "previous column" }, "←");

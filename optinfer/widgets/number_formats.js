@@ -95,7 +95,7 @@ function render({ model, el }) {
     element("h4", {}, "Number-format inspector"),
     element("div", { class: "oi-row" }, element("label", {}, "number ", number), outlier, reset, element("label", {}, "block of ", picker)),
     cells, caption, legend,
-    element("div", { class: "oi-nf-scroll" }, element("table", { class: "oi-nf-table" },
+    element("div", { class: "oi-nf-scroll", tabindex: "0", role: "region", "aria-label": "The number in every format" }, element("table", { class: "oi-nf-table" },
       element("thead", {}, element("tr", {}, ...["format", "bits", "stored as", "its error", "error of the block (RMS)"].map((t) => element("th", { scope: "col" }, t)))),
       body)));
   el.append(root);
