@@ -78,7 +78,8 @@ def set_up(name: str) -> str:
 
 
 _FENCE = re.compile(
-    r"^(?P<fence>:{3,}|`{3,})\{(?P<kind>admonition|note|tip|warning|dropdown)\}[ ]*(?P<title>[^\n]*)\n(?P<body>.*?)^(?P=fence)[ ]*$",
+    r"^(?P<fence>:{3,}|`{3,})\{(?P<kind>admonition|note|tip|warning|dropdown)\}[ ]*(?P<title>[^\n]*)\n"
+    r"(?P<body>.*?)^(?P=fence)[ ]*$",
     re.M | re.S,
 )
 

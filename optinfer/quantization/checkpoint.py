@@ -75,6 +75,7 @@ def unpack_int32(packed: Tensor, bits: int, length: int, dim: int = -1) -> Tenso
 
 # --------------------------------------------------------------------------------------------- one layer, per format
 def _compressed_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
+    assert isinstance(q.scale, Tensor)  # only codebooks nest their scales
     tensors = {
         "weight_packed": pack_int32(q.codes(), q.bits),
         "weight_scale": q.scale,

@@ -104,7 +104,8 @@ def gptq_quantize(
 
     top, bottom = (1 << bits) - 1, 1 if symmetric else 0
     groups = weight.detach().float().unflatten(1, (-1, group))
-    scale, zero = (t.T.contiguous() for t in grid(*groups.aminmax(dim=-1), bits, symmetric, weight.dtype))
+    low, high = groups.aminmax(dim=-1)
+    scale, zero = (t.T.contiguous() for t in grid(low, high, bits, symmetric, weight.dtype))
     step = torch.where(scale == 0, 1, scale).float()  # each [groups, out]
 
     def nearest(column: Tensor, g: int) -> Tensor:
