@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import _mark_quantized as mark_quantized
-from optinfer.quantization.model import linear_layers, refuse_quantized, replace_module
+from optinfer.quantization.model import linear_layers, mark_quantized, refuse_quantized, replace_module
 from optinfer.quantization.rtn import BITS
 from optinfer.quantization.schemes import Scheme
 from optinfer.quantization.tensor import QuantizedTensor

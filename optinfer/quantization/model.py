@@ -130,6 +130,3 @@ def mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = config.quant_method
-
-
-_mark_quantized = mark_quantized
