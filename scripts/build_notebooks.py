@@ -203,7 +203,7 @@ def exercise_cells(exercise: Any, number: int, solved: bool) -> list[nbformat.No
     facts = [f"`{exercise.id}`", f"difficulty {dots}", f"{exercise.minutes} minutes"]
     if exercise.prerequisites:
         facts.append("after " + ", ".join(f"`{needed}`" for needed in exercise.prerequisites))
-    cells = [nbformat.v4.new_markdown_cell(f"## {number}. {exercise.title}\n\n{' · '.join(facts)}\n\n{exercise.spec}")]
+    cells = [nbformat.v4.new_markdown_cell(f"## {number}. {exercise.title}\n\n{' · '.join(facts)}\n\n{exercise.task}")]
     if exercise.given:
         cells.append(_graded(nbformat.v4.new_code_cell(exercise.given_source), f"{grade_id}-given", locked=True))
     answer = nbformat.v4.new_code_cell(exercise.marked if solved else exercise.stub)

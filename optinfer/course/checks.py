@@ -9,11 +9,13 @@ import math
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -27,6 +29,8 @@ from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
 
 _COURSE = str(Path(__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
+_LIBRARIES = (_PACKAGE, *(path + os.sep for path in sysconfig.get_paths().values()))  # no code of the reader's
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,11 @@ class TooSlow(BaseException):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What an answer did with one input: a value, or an error."""
+    """What an answer did with one input: a value, or an error and the reader's line that it comes from."""
 
     value: Any = None
     error: BaseException | None = None
+    line: str = ""
 
 
 def evaluate(exercise: Exercise, answer: Any, seed: int = 0) -> Result:
@@ -92,29 +97,38 @@ def evaluate(exercise: Exercise, answer: Any, seed: int = 0) -> Result:
         return _refused(
             exercise, f"Pass the function itself, not its result: `check({exercise.id!r}, {exercise.name})`."
         )
-    expected = [_expected(exercise, c) for c in exercise.cases(Draw(seed))]
-    outcomes: list[_Outcome] = []
-    differences: list[Difference | None] = []
-    fresh = list(exercise.cases(Draw(seed)))
-    for mine, untouched, right in zip(exercise.cases(Draw(seed)), fresh, expected):
+    run = _Run(exercise, seed, list(exercise.cases(Draw(seed))))
+    for mine, theirs, untouched in zip(exercise.cases(Draw(seed)), exercise.cases(Draw(seed)), run.inputs):
+        if mine.slow and run.failed:
+            break  # the small inputs say more, and sooner
         outcome = _attempt(exercise, answer, mine, watched=True)
         if _not_attempted(outcome.error):
             return _not_started(exercise)
-        outcomes.append(outcome)
-        differences.append(_judge(exercise, outcome, right, mine, untouched))
+        run.outcomes.append(outcome)
+        run.expected.append(exercise.expected(*theirs.args))
+        run.differences.append(_judge(exercise, outcome, run.expected[-1], mine, untouched))
         if isinstance(outcome.error, (Shortcut, TooSlow)):
             break  # one is enough
-    failed = [i for i, found in enumerate(differences) if found is not None]
-    if not failed:
-        return _passed(exercise, len(expected))
-    return _failed(exercise, seed, fresh, expected, outcomes, differences, failed)
+    return _failed(run) if run.failed else _passed(run)
+
+
+@dataclass
+class _Run:
+    """An answer on all inputs: what was expected, what came out, where they differ. Slow inputs may not have been tried."""
+
+    exercise: Exercise
+    seed: int
+    inputs: list[Case]
+    expected: list[Any] = field(default_factory=list)
+    outcomes: list[_Outcome] = field(default_factory=list)
+    differences: list[Difference | None] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[int]:
+        return [i for i, found in enumerate(self.differences) if found is not None]
 
 
 # ------------------------------------------------------------------------------------------------------ one input
-def _expected(exercise: Exercise, c: Case) -> Any:
-    return exercise.expected(*c.args)
-
-
 def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcome:
     try:
         with _time_limit(exercise.limit):
@@ -125,12 +139,29 @@ def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcom
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return _Outcome(error=error)
+        return _Outcome(error=_chain(error)[0], line=_line(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """What went wrong inside a Triton kernel, then the interpreter's wrappings around it; one error otherwise."""
+    chain = [error]
+    while type(chain[0]).__name__ == "InterpreterError" and (inner := chain[0].__cause__ or chain[0].__context__):
+        chain.insert(0, inner)
+    return chain
+
+
+def _line(error: BaseException) -> str:
+    """The last line of the reader's own code on the way to an error."""
+    for link in _chain(error):
+        for frame in reversed(traceback.extract_tb(link.__traceback__)):
+            if frame.line and not frame.filename.startswith(_LIBRARIES) and _KERNELS not in frame.filename:
+                return frame.line
+    return ""
 
 
 def _judge(exercise: Exercise, outcome: _Outcome, expected: Any, mine: Case, untouched: Case) -> Difference | None:
     if outcome.error is not None:
-        return Difference("error", _error_text(outcome.error))
+        return Difference("error", _error_text(outcome))
     found = difference(expected, outcome.value, exercise.rtol, exercise.atol)
     if found is None and not exercise.changes_input:
         for name, before, after in zip(_parameters(exercise, len(mine.args)), untouched.args, mine.args):
@@ -203,7 +234,7 @@ def _watch(exercise: Exercise) -> Iterator[None]:
 
 
 def _is_ours(code: CodeType) -> bool:
-    return code.co_filename.startswith(_PACKAGE) or f"{os.sep}optinfer_kernels{os.sep}" in code.co_filename
+    return code.co_filename.startswith(_PACKAGE) or _KERNELS in code.co_filename
 
 
 def _is_allowed(frame: FrameType, given: set[str]) -> bool:
@@ -219,66 +250,91 @@ def _is_allowed(frame: FrameType, given: set[str]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ diagnosis
-def diagnose(
-    exercise: Exercise, seed: int, expected: list[Any], outcomes: list[_Outcome], failed: list[int]
-) -> Wrong | None:
-    """The misconception whose wrong answer fails like this one on most of the failing inputs, on half of them at least."""
-    best, best_matches = None, 0
-    for wrong in exercise.wrong:
-        answer = exercise.wrong_answer(wrong)
-        matches = 0
-        for i, c in enumerate(exercise.cases(Draw(seed))):
-            if i >= len(outcomes):
-                break
-            theirs = _attempt(exercise, answer, c, watched=False)
-            same = _alike(exercise, outcomes[i], theirs)
-            if i in failed:
-                matches += same
-            elif not same:
-                matches -= 1  # it fails where the reader is right: less likely
-        if matches > best_matches:
-            best, best_matches = wrong, matches
-    return best if 2 * best_matches >= len(failed) else None
+@dataclass(frozen=True)
+class _Diagnosis:
+    """A misconception whose wrong answer does the same, the input to show, and whether it explains most of the errors."""
+
+    wrong: Wrong
+    input: int
+    mostly: bool
+
+
+def diagnose(run: _Run) -> _Diagnosis | None:
+    """The misconception whose wrong answer fails like this one: on half of the failing inputs, or at least on one.
+
+    A wrong answer explains nothing where it is right itself, and it is less likely where it fails and the reader does not.
+    """
+    best: tuple[float, list[int], Wrong] | None = None
+    some: tuple[float, list[int], Wrong] | None = None
+    for wrong in run.exercise.wrong:
+        explained, contradicted = _explained(run, wrong)
+        found = (len(explained) - contradicted, explained, wrong)
+        if explained and found[0] > (best[0] if best else 0):
+            best = found
+        values = [i for i in explained if run.outcomes[i].error is None]
+        if values and (some is None or len(values) > some[0]):
+            some = (len(values), values, wrong)
+    if best is not None and 2 * best[0] >= len(run.failed):
+        return _Diagnosis(best[2], best[1][0], True)
+    return _Diagnosis(some[2], some[1][0], False) if some is not None else None
+
+
+def _explained(run: _Run, wrong: Wrong) -> tuple[list[int], int]:
+    """The inputs on which a wrong answer fails like the reader's, and on how many it fails where the reader's does not."""
+    exercise, answer = run.exercise, run.exercise.wrong_answer(wrong)
+    explained, contradicted = [], 0
+    for i, (mine, untouched) in enumerate(zip(exercise.cases(Draw(run.seed)), run.inputs)):
+        if i >= len(run.outcomes) or mine.slow:
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not the reader's
+            outcome, reader = _attempt(exercise, answer, mine, watched=False), run.differences[i]
+        found = _judge(exercise, outcome, run.expected[i], mine, untouched)
+        if reader is None:
+            contradicted += found is not None
+        elif found is not None and (found.kind == "input") == (reader.kind == "input"):
+            explained += [i] * _alike(exercise, run.outcomes[i], outcome)
+    return explained, contradicted
 
 
 def _alike(exercise: Exercise, mine: _Outcome, theirs: _Outcome) -> bool:
     if mine.error is not None or theirs.error is not None:
         return _kind(mine.error) == _kind(theirs.error)
-    return difference(theirs.value, mine.value, exercise.rtol, exercise.atol) is None
+    return difference(theirs.value, mine.value, exercise.rtol, exercise.atol, dtypes=False) is None
 
 
 def _kind(error: BaseException | None) -> tuple[str, str]:
     return (type(error).__name__, str(error)[:60])
 
 
-def _clue(
-    exercise: Exercise, expected: list[Any], outcomes: list[_Outcome], differences: list, failed: list[int]
-) -> str:
+def _clue(run: _Run) -> str:
     """What a pattern of errors usually means where no misconception of the exercise fits."""
-    first = failed[0]
-    error, found = outcomes[first].error, differences[first]
+    first = run.failed[0]
+    error, found = run.outcomes[first].error, run.differences[first]
     if isinstance(error, Shortcut):
         return f"Write it yourself: `{error}` must not be called here."
     if isinstance(error, TooSlow):
         return "A loop that never ends, or one over single numbers where a tensor operation would do."
     if isinstance(error, NameError):
         return "A name is used before it is defined: run the cells above first, or check its spelling."
+    right = len(run.outcomes) - len(run.failed)
+    some = f"{right} {'inputs pass' if right > 1 else 'input passes'}: what is special about this one?" if right else ""
     if error is not None:
-        return "The code stops on this input. Copy the input into a cell and run the lines one by one."
-    values = [outcome.value for outcome in outcomes]
+        return f"The code stops on this input. {some or 'Make such an input in a cell, and run the lines one by one.'}"
+    values = [outcome.value for outcome in run.outcomes]
     if values[first] is None:
-        return "Nothing came back: is the `return` missing?"
+        return "Nothing came back: is a `return` missing?"
     if found.kind == "input":
         return "An operation in place (ending in `_`, or `x[...] = …`, or `list.append`) reaches the caller: work on a copy."
-    if found.kind in ("type", "length", "shape", "dtype"):
+    if found.kind in ("type", "shape", "dtype"):
         return "Compare the types, shapes and dtypes in the docstring with what is returned."
     if len(values) > 1 and all(difference(values[0], v, 0, 0) is None for v in values[1:]):
         return "The answer is the same for every input."
     if found.kind == "nan":
         return "A NaN comes from 0/0, inf - inf or inf * 0: look for a row, block or range that is empty, constant or masked."
-    if len(failed) < len(outcomes):
-        return f"{len(outcomes) - len(failed)} inputs pass: what is special about this one is in its description."
-    ratio = _constant_ratio(expected[first], values[first])
+    if some:
+        return some
+    ratio = _constant_ratio(run.expected[first], values[first])
     if ratio is not None:
         return f"Every number is {ratio:.6g} times the expected one: a factor is missing or too many."
     return "Try the smallest failing input by hand, and compare each intermediate value."
@@ -295,9 +351,13 @@ def _constant_ratio(expected: Any, got: Any) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------------ in words
-def _passed(exercise: Exercise, count: int) -> Result:
-    lines = (f"All {count} inputs pass. {exercise.points} point{'s' * (exercise.points > 1)}.",)
-    card = Card(f"{exercise.id}: {exercise.title}", lines, "good")
+def _passed(run: _Run) -> Result:
+    exercise, count = run.exercise, len(run.inputs)
+    lines = [f"All {count} inputs pass. {exercise.points} point{'s' * (exercise.points > 1)}."]
+    for c, outcome in zip(run.inputs, run.outcomes):
+        if c.slow and isinstance(outcome.value, dict) and "text" in outcome.value:
+            lines.append(f"{c.label[0].upper()}{c.label[1:]}: the model says {show(outcome.value['text'])}")
+    card = Card(f"{exercise.id}: {exercise.title}", tuple(lines), "good")
     return Result(exercise.id, True, count, count, True, exercise.points, None, card)
 
 
@@ -315,38 +375,35 @@ def _refused(exercise: Exercise, line: str) -> Result:
     return Result(exercise.id, False, 0, 0, True, exercise.points, None, card)
 
 
-def _failed(
-    exercise: Exercise,
-    seed: int,
-    inputs: list[Case],
-    expected: list[Any],
-    outcomes: list[_Outcome],
-    differences: list[Difference | None],
-    failed: list[int],
-) -> Result:
-    first = failed[0]
-    outcome, found = outcomes[first], differences[first]
-    stopped = isinstance(outcome.error, (Shortcut, TooSlow))
-    wrong = None if stopped or _is_typo(outcome.error) else diagnose(exercise, seed, expected, outcomes, failed)
-    count = len(expected)
-    lines = [f"Input: {inputs[first].label}"]
-    names = _parameters(exercise, len(inputs[first].args))
-    lines += [f"  `{name}` = {show(value)}" for name, value in zip(names, inputs[first].args)]
-    lines.append(f"Expected: {show(expected[first])}")
+def _failed(run: _Run) -> Result:
+    exercise, first, count = run.exercise, run.failed[0], len(run.inputs)
+    stopped = isinstance(run.outcomes[first].error, (Shortcut, TooSlow))
+    told = None if stopped or _is_typo(run.outcomes[first].error) else diagnose(run)
+    at = told.input if told else first
+    outcome, found = run.outcomes[at], run.differences[at]
+    lines = [f"Input: {run.inputs[at].label}"]
+    names = _parameters(exercise, len(run.inputs[at].args))
+    lines += [f"  `{name}` = {show(value)}" for name, value in zip(names, run.inputs[at].args)]
+    if not stopped:
+        lines.append(f"Expected: {show(run.expected[at])}")
     if outcome.error is None:
         lines.append(f"Got: {show(outcome.value)}")
     lines.append(f"Difference: {found.text}.")
-    if wrong is not None:
-        lines.append(f"This usually means: {wrong.name}. {wrong.meaning}")
-    elif outcome.error is None and _is_input(outcome.value, inputs[first].args):
+    if told is not None and told.mostly:
+        lines.append(f"This usually means: {told.wrong.name}. {told.wrong.meaning}")
+    elif told is not None:
+        lines.append(f"This result also comes out of a common mistake: {told.wrong.name}. {told.wrong.meaning}")
+    elif outcome.error is None and _is_input(outcome.value, run.inputs[at].args):
         lines.append("The input came back unchanged.")
     else:
-        lines.append(_clue(exercise, expected, outcomes, differences, failed))
+        lines.append(_clue(run))
+    if len(run.outcomes) < count and not stopped:
+        lines.append("The real model was not run: it comes after the small inputs.")
     lines.append(f'Stuck? `hint("{exercise.id}")`')
-    passed = 0 if stopped else len(outcomes) - len(failed)
-    title = f"{exercise.id}: {passed} of {count} inputs pass" if not stopped else f"{exercise.id}: stopped"
+    passed = 0 if stopped else len(run.outcomes) - len(run.failed)
+    title = f"{exercise.id}: stopped" if stopped else f"{exercise.id}: {passed} of {count} inputs pass"
     card = Card(title, tuple(lines), "bad")
-    return Result(exercise.id, False, count, passed, True, exercise.points, wrong.name if wrong else None, card)
+    return Result(exercise.id, False, count, passed, True, exercise.points, told.wrong.name if told else None, card)
 
 
 def _is_input(value: Any, args: tuple[Any, ...]) -> bool:
@@ -370,17 +427,14 @@ def _not_attempted(error: BaseException | None) -> bool:
     return False
 
 
-def _error_text(error: BaseException) -> str:
+def _error_text(outcome: _Outcome) -> str:
+    error = outcome.error
     if isinstance(error, Shortcut):
         return f"`{error}` was called"
     if isinstance(error, TooSlow):
         return str(error)
-    where = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_PACKAGE) and "site-packages" not in frame.filename and frame.line:
-            where = f" in the line `{frame.line}`"
-            break
     text = str(error).strip().splitlines()
+    where = f" in the line `{outcome.line}`" if outcome.line else ""
     return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}".rstrip(".")
 
 

@@ -56,14 +56,22 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """One input: what is special about it, and the arguments."""
+    """One input: what is special about it, and the arguments.
+
+    slow: it runs the real model; tried last, and only after all others passed.
+    """
 
     label: str
     args: tuple[Any, ...]
+    slow: bool = False
 
 
 def case(label: str, *args: Any) -> Case:
     return Case(label, args)
+
+
+def slow_case(label: str, *args: Any) -> Case:
+    return Case(label, args, slow=True)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Exercise:
         forbidden: names of functions that the reader must not call.
         rtol, atol: tolerance for floating-point results.
         changes_input: the answer is meant to work in place.
-        model: runs the real model; takes seconds.
+        model: has slow cases, which run the real model and take seconds.
         limit: seconds one input may take.
     """
 
@@ -151,6 +159,16 @@ class Exercise:
     @property
     def points(self) -> int:
         return self.difficulty
+
+    @property
+    def task(self) -> str:
+        """The specification with what must not be used, as the notebook shows it."""
+        if not self.forbidden:
+            return self.spec
+        names = [f"`{name}`" for name in self.forbidden]
+        return (
+            f"{self.spec}\n\nDo it without {' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}."
+        )
 
     @cached_property
     def source(self) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
 
 try:
     import triton
@@ -263,21 +263,19 @@ def online_step(m: Tensor, l: Tensor, o: Tensor, scores: Tensor, v: Tensor) -> t
     return m_new, l * shrink + weights.sum(dim=1), o * shrink[:, None] + weights @ v
 
 
-def _online_state(
-    answer: Callable[..., Any], scores: Tensor, values: Tensor, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _online_state(answer: Callable[..., Any], scores: Tensor, values: Tensor, block: int) -> dict[str, Tensor]:
     """m, l and o after all blocks of a row of scores."""
     rows = len(scores)
     m, l, o = torch.full((rows,), -INF), torch.zeros(rows), torch.zeros(rows, values.shape[1])
     for start in range(0, scores.shape[1], block):
         m, l, o = answer(m, l, o, scores[:, start : start + block].clone(), values[start : start + block].clone())
-    return m, l, o
+    return {"m": m, "l": l, "o": o}
 
 
-def _online_reference(scores: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _online_reference(scores: Tensor, values: Tensor, block: int) -> dict[str, Tensor]:
     m = scores.double().amax(1)
     weights = torch.exp(scores.double() - m.nan_to_num(neginf=0.0)[:, None])
-    return m.float(), weights.sum(1).float(), (weights @ values.double()).float()
+    return {"m": m.float(), "l": weights.sum(1).float(), "o": (weights @ values.double()).float()}
 
 
 def _online_cases(draw: Draw) -> Iterator[Case]:
@@ -462,12 +460,12 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     return o / l[:, None]
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchFunctionMode):
     """Remembers the largest tensor that any operation made."""
 
     numel = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
@@ -667,7 +665,7 @@ def _written_outside(backing: Tensor) -> int:
     return int((backing[:MARGIN] != 77).sum() + (backing[-MARGIN:] != 77).sum())
 
 
-def _launch_softmax(kernel: Any, x: Tensor) -> tuple[Tensor, int]:
+def _launch_softmax(kernel: Any, x: Tensor) -> dict[str, Any]:
     """The result, and how many numbers were written outside it."""
     rows, columns = x.shape
     out, backing = _guarded((rows, columns))
@@ -675,11 +673,11 @@ def _launch_softmax(kernel: Any, x: Tensor) -> tuple[Tensor, int]:
     around.fill_(1e30)  # what lies beside the input must not be read
     source.copy_(x)
     launch(kernel, (rows,), source, out, columns, BLOCK=_next_power_of_2(columns))
-    return out.clone(), _written_outside(backing)
+    return {"out": out.clone(), "numbers written outside": _written_outside(backing)}
 
 
-def _launch_softmax_reference(x: Tensor) -> tuple[Tensor, int]:
-    return x.double().softmax(-1).float(), 0
+def _launch_softmax_reference(x: Tensor) -> dict[str, Any]:
+    return {"out": x.double().softmax(-1).float(), "numbers written outside": 0}
 
 
 def _triton_softmax_cases(draw: Draw) -> Iterator[Case]:
@@ -771,17 +769,17 @@ def flash_kernel(
     tl.store(out_ptr + rows[:, None] * DIM + dims[None, :], o / l[:, None], mask=rows[:, None] < length)
 
 
-def _launch_flash(kernel: Any, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> tuple[Tensor, int]:
+def _launch_flash(kernel: Any, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
     """The result, and how many numbers were written outside it."""
     length, dim = q.shape
     out, backing = _guarded((length, dim))
     grid = (-(-length // block_m),)
     launch(kernel, grid, q, k, v, out, length, 1 / math.sqrt(dim), DIM=dim, BLOCK_M=block_m, BLOCK_N=block_n)
-    return out.clone(), _written_outside(backing)
+    return {"out": out.clone(), "numbers written outside": _written_outside(backing)}
 
 
-def _launch_flash_reference(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> tuple[Tensor, int]:
-    return _causal_reference(q, k, v), 0
+def _launch_flash_reference(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
+    return {"out": _causal_reference(q, k, v), "numbers written outside": 0}
 
 
 def _flash_cases(draw: Draw) -> Iterator[Case]:
@@ -841,6 +839,11 @@ arise. The length need not be a multiple of the tiles.""",
             ("        m = m_new\n", ""),
         ),
         Wrong(
+            "the maximum subtracted along the wrong axis",
+            "`scores - m_new` lines m_new up with the columns; it belongs to the rows: `m_new[:, None]`.",
+            ("tl.exp(scores - m_new[:, None])", "tl.exp(scores - m_new[None, :])"),
+        ),
+        Wrong(
             "no scale",
             "Multiply the scores with scale.",
             (' input_precision="ieee") * scale', ' input_precision="ieee")'),
@@ -871,7 +874,23 @@ def model_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ v
 
 
-def _generate(attention: Callable[..., Tensor] | None, prompt: str, new_tokens: int) -> str:
+def _attend(attention: Callable[..., Tensor], *args: Any) -> Any:
+    """The answer on tensors q, k, v and a scale; or a prompt and a number of tokens, and what the model says then."""
+    return attention(*args) if len(args) == 4 else _generate(attention, *args)
+
+
+def _attend_reference(*args: Any) -> Any:
+    if len(args) == 2:
+        from optinfer.course.exercises.real_model import plain_text
+
+        return {"text": plain_text(*args)}
+    q, k, v, scale = args
+    scores = torch.einsum("bhqd,bhkd->bhqk", q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores = (scores * scale).masked_fill(~_mask_reference(q.shape[2], k.shape[2]), -INF)
+    return (scores.softmax(-1) @ v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)).float()
+
+
+def _generate(attention: Callable[..., Tensor], prompt: str, new_tokens: int) -> dict[str, str]:
     """What the default model says to a prompt, with this attention in all its layers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -884,20 +903,26 @@ def _generate(attention: Callable[..., Tensor] | None, prompt: str, new_tokens: 
         return attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
     model, tokenizer = default_model()
-    if attention is not None:
-        AttentionInterface.register("exercise", forward)
-        AttentionMaskInterface.register("exercise", lambda *args, **kwargs: None)
-        model.set_attn_implementation("exercise")
+    AttentionInterface.register("exercise", forward)
+    AttentionMaskInterface.register("exercise", lambda *args, **kwargs: None)
+    model.set_attn_implementation("exercise")
     try:
-        return greedy(model, tokenizer, prompt, new_tokens)
+        return {"text": greedy(model, tokenizer, prompt, new_tokens)}
     finally:
         model.set_attn_implementation("sdpa")
 
 
 def _model_attention_cases(draw: Draw) -> Iterator[Case]:
-    yield case("a short prompt", "What is a GPU?", 12)
-    yield case("another", "Name three colors of the rainbow.", 8)
-    yield case("one word", "Hello", 6)
+    def tensors(heads: int, kv_heads: int, q_len: int, kv_len: int, dim: int, batch: int = 1) -> list[Tensor]:
+        keys = [draw.normal(batch, kv_heads, kv_len, dim) for _ in range(2)]
+        return [draw.normal(batch, heads, q_len, dim), *keys]
+
+    yield case("a prompt of 5, as many key heads as query heads", *tensors(2, 2, 5, 5, 8), 8**-0.5)
+    yield case("a prompt of 7, 6 query heads and 2 key heads", *tensors(6, 2, 7, 7, 8), 8**-0.5)
+    yield case("one new token after 9", *tensors(6, 2, 1, 10, 8), 8**-0.5)
+    yield case("three new tokens after 4, two sequences, another scale", *tensors(4, 2, 3, 7, 16, batch=2), 0.4)
+    yield slow_case("the real model, a short prompt", "What is a GPU?", 12)
+    yield slow_case("the real model, another", "Name three colors of the rainbow.", 8)
 
 
 MODEL_ATTENTION = Exercise(
@@ -909,11 +934,13 @@ MODEL_ATTENTION = Exercise(
     spec="""\
 Plug your own attention into the real model. transformers calls it in each of 30 layers: with the whole prompt at first,
 then with one new query and all keys of the cache. Use everything so far: grouped heads, the mask aligned at the end, the
-scale. The check lets the model talk with your function and compares the text with what it says otherwise.""",
+scale. The check tries your function on small tensors, then lets the model talk with it and compares the text with what it
+says otherwise.""",
     answer=model_attention,
     cases=_model_attention_cases,
-    reference=lambda prompt, new_tokens: _generate(None, prompt, new_tokens),
-    run=_generate,
+    reference=_attend_reference,
+    run=_attend,
+    rtol=1e-3,
     forbidden=("scaled_dot_product_attention",),
     model=True,
     limit=60,
@@ -935,6 +962,11 @@ scale. The check lets the model talk with your function and compares the text wi
             "a mask aligned at the top left",
             "While decoding, the one query is the last token; aligned at the top it sees only the first key.",
             (" + kv_len - q_len", ""),
+        ),
+        Wrong(
+            "its own scale instead of the given one",
+            "Some models scale by something else than 1/sqrt(dim): use what you are given.",
+            ("* scale", "/ math.sqrt(q.shape[-1])"),
         ),
         Wrong(
             "the future is visible in the prompt",

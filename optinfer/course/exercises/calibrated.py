@@ -14,7 +14,7 @@ from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
 def perplexity(logits: Tensor, tokens: Tensor) -> float:
     """Perplexity of a text under a model.
 
-    logits: float [length, vocabulary]; row i is computed from tokens 0 … i
+    logits: [length, vocabulary], float32 or bfloat16; row i is computed from tokens 0 … i
     tokens: int64 [length]
     returns: exp of the mean negative log-likelihood of the tokens that were predicted
     """
@@ -35,7 +35,8 @@ def _perplexity_cases(draw: Draw) -> Iterator[Case]:
     yield case("a confident model, often wrong", 6 * draw.normal(9, 5), draw.integers(0, 5, 9))
     yield case("two tokens", draw.normal(2, 30), draw.integers(0, 30, 2))
     yield case("it knows nothing: perplexity is the vocabulary's size", torch.zeros(6, 50), draw.integers(0, 50, 6))
-    yield case("bfloat16, huge logits", 100 * draw.normal(8, 6, dtype=torch.bfloat16), draw.integers(0, 6, 8))
+    logits = (200 + 4 * draw.normal(40, 6)).bfloat16()
+    yield case("bfloat16, logits around 200", logits, draw.integers(0, 6, 40))
 
 
 PERPLEXITY = Exercise(
@@ -60,6 +61,12 @@ log-likelihood (natural logarithm) over all predicted tokens.""",
             "Row i has already seen token i: predicting it again is not what is asked. Row i belongs to token i + 1.",
             ("logits[:-1]", "logits"),
             ("tokens[1:, None]", "tokens[:, None]"),
+        ),
+        Wrong(
+            "logarithms in 16 bits",
+            "bfloat16 has 8 bits of precision: each log-probability is off by up to 1 %. Convert the logits to float32 first.",
+            ("logits[:-1].double()", "logits[:-1]"),
+            ("nll.mean()", "nll.float().mean()"),
         ),
         Wrong(
             "the mean of perplexities",
@@ -643,20 +650,18 @@ def fake_quantize(x: Tensor, scale: float) -> Tensor:
     return passed + (rounded - passed).detach()
 
 
-def _with_gradient(
-    answer: Callable[..., Tensor], x: Tensor, scale: float, upstream: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _with_gradient(answer: Callable[..., Tensor], x: Tensor, scale: float, upstream: Tensor) -> dict[str, Tensor]:
     """The result, and the gradient that reaches x when `upstream` comes back."""
     leaf = x.clone().requires_grad_()
     out = answer(leaf, scale)
     if out.requires_grad:
         (out * upstream).sum().backward()
-    return out.detach(), leaf.grad if leaf.grad is not None else torch.zeros_like(x)
+    return {"result": out.detach(), "gradient": leaf.grad if leaf.grad is not None else torch.zeros_like(x)}
 
 
-def _fake_quantize_reference(x: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_quantize_reference(x: Tensor, scale: float, upstream: Tensor) -> dict[str, Tensor]:
     codes = torch.tensor([round(v) for v in (x / scale).flatten().tolist()], dtype=torch.float32).view(x.shape)
-    return codes.clamp(-7, 7) * scale, upstream * (codes.abs() <= 7)
+    return {"result": codes.clamp(-7, 7) * scale, "gradient": upstream * (codes.abs() <= 7)}
 
 
 def _fake_quantize_cases(draw: Draw) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
 
 
 # --------------------------------------------------------------------------------------------------- bytes
@@ -255,7 +255,8 @@ def make_writable(
 ) -> tuple[int, int] | None:
     """Prepare a write to one position of a sequence; copy its block first if others use it (copy-on-write).
 
-    tables: block table of each sequence; ref_count: users of each used block; free: free blocks, take from the front
+    tables: block table of each sequence; free: free blocks, take from the front
+    ref_count: how many sequences use a block; free blocks are not in it
     returns: (source, target) if the caller must copy a block, else None; tables, ref_count and free are changed in place
     """
     index = position // block_size
@@ -271,7 +272,7 @@ def make_writable(
 
 def _write_script(
     answer: Callable[..., Any], sharing: dict[str, list[int]], writes: list[tuple[str, int]], block_size: int
-) -> list[Any]:
+) -> dict[str, Any]:
     """What came back from each write, and the state afterwards."""
     tables = {seq: list(table) for seq, table in sharing.items()}
     ref_count: dict[int, int] = {}
@@ -280,10 +281,10 @@ def _write_script(
             ref_count[block] = ref_count.get(block, 0) + 1
     free = list(range(100, 110))
     copies = [answer(tables, ref_count, free, seq, position, block_size) for seq, position in writes]
-    return [copies, tables, ref_count, free]
+    return {"returned": copies, "tables": tables, "ref_count": ref_count, "free": free}
 
 
-def _write_reference(sharing: dict[str, list[int]], writes: list[tuple[str, int]], block_size: int) -> list[Any]:
+def _write_reference(sharing: dict[str, list[int]], writes: list[tuple[str, int]], block_size: int) -> dict[str, Any]:
     tables, copies, new = {seq: list(table) for seq, table in sharing.items()}, [], 100
     for seq, position in writes:
         i = position // block_size
@@ -296,7 +297,7 @@ def _write_reference(sharing: dict[str, list[int]], writes: list[tuple[str, int]
             copies.append(None)
     blocks = {b for table in sharing.values() for b in table} | set(range(100, new))
     counts = {b: sum(b in table for table in tables.values()) for b in blocks}
-    return [copies, tables, counts, list(range(new, 110))]
+    return {"returned": copies, "tables": tables, "ref_count": counts, "free": list(range(new, 110))}
 
 
 def _write_cases(draw: Draw) -> Iterator[Case]:
@@ -321,7 +322,8 @@ Before somebody writes into a block that others use too, it gets a copy of its o
 - one user: write in place, return None;
 - more: take a free block, put it into this sequence's table, correct both reference counts, return (source, target).
 
-The last one to write owns the original and needs no copy.""",
+The last one to write owns the original and needs no copy. The check makes a few writes one after the other (each a
+sequence and a position in it), then looks at what came back and at all three containers.""",
     answer=make_writable,
     cases=_write_cases,
     reference=_write_reference,
@@ -355,6 +357,21 @@ The last one to write owns the original and needs no copy.""",
                 "tables[seq][index] = target",
                 "[t.__setitem__(t.index(block), target) for t in tables.values() if block in t]",
             ),
+        ),
+        Wrong(
+            "a new list for the free blocks",
+            "`free = free[1:]` gives your function a list of its own; the caller's still holds the block, and the next one takes it again. Use `free.pop(0)`.",
+            ("target = free.pop(0)", "target, free = free[0], free[1:]"),
+        ),
+        Wrong(
+            "a position taken for a block's place in the table",
+            "The table has one entry for block_size positions: divide.",
+            ("index = position // block_size", "index = position"),
+        ),
+        Wrong(
+            "counting up a block that has no count yet",
+            "A free block is not in ref_count: its first user sets it to 1.",
+            ("ref_count[target] = 1", "ref_count[target] += 1"),
         ),
         Wrong(
             "the first block instead of the written one",
@@ -502,6 +519,12 @@ nothing to sample from. So a prompt that is known completely gives back its last
         ),
         Wrong("blocks instead of tokens", "Each hit saves block_size tokens.", ("hits * block_size", "hits")),
         Wrong(
+            "only the last token given back",
+            "Reuse goes by whole blocks: a prompt of 32 that is known completely computes its last block of 16 again, not one token.",
+            ("hashes[: max(usable, 0)]", "hashes"),
+            ("return hits * block_size", "return min(hits * block_size, max(num_tokens - 1, 0))"),
+        ),
+        Wrong(
             "always one block fewer",
             "Only a prompt that ends exactly with a block must give one back.",
             ("(num_tokens - 1) // block_size", "len(hashes) - 1"),
@@ -531,7 +554,7 @@ class FreeQueue:
         self.queue.remove(block)
 
 
-def _queue_script(answer: type, blocks: list[int], script: list[tuple[str, Any]]) -> list[Any]:
+def _queue_script(answer: type, blocks: list[int], script: list[tuple[str, Any]]) -> dict[str, Any]:
     """What `take` returned, and what is left in the order of taking."""
     queue, taken = answer(list(blocks)), []
     for verb, value in script:
@@ -541,10 +564,10 @@ def _queue_script(answer: type, blocks: list[int], script: list[tuple[str, Any]]
             queue.release(list(value))
         else:
             queue.hit(value)
-    return [taken, list(queue.queue)]
+    return {"taken": taken, "queue": list(queue.queue)}
 
 
-def _queue_reference(blocks: list[int], script: list[tuple[str, Any]]) -> list[Any]:
+def _queue_reference(blocks: list[int], script: list[tuple[str, Any]]) -> dict[str, Any]:
     order, clock, taken = {block: i for i, block in enumerate(blocks)}, len(blocks), []
     for verb, value in script:
         if verb == "take":
@@ -556,7 +579,7 @@ def _queue_reference(blocks: list[int], script: list[tuple[str, Any]]) -> list[A
                 order[block] = clock = clock + 1
         else:
             del order[value]
-    return [taken, sorted(order, key=order.__getitem__)]
+    return {"taken": taken, "queue": sorted(order, key=order.__getitem__)}
 
 
 def _queue_cases(draw: Draw) -> Iterator[Case]:
@@ -586,7 +609,9 @@ EVICTION = Exercise(
     prerequisites=("kv_cache.prefix_hit",),
     spec="""\
 A freed block may be hit again as long as nobody overwrote it. So overwrite the one that has been free longest (LRU). And
-when a sequence ends, its *tail* should go before its *head*: others may share the beginning of the prompt, hardly its end.""",
+when a sequence ends, its *tail* should go before its *head*: others may share the beginning of the prompt, hardly its end.
+
+The check calls your methods in some order, then compares what `take` returned and what `queue` holds.""",
     answer=FreeQueue,
     cases=_queue_cases,
     reference=_queue_reference,
@@ -728,7 +753,33 @@ class PagedStore:
         return k.transpose(0, 1), v.transpose(0, 1)
 
 
-def _store_in_model(answer: type, prompt: str, new_tokens: int, block_size: int) -> list[Any]:
+def _shuffled_blocks() -> list[int]:
+    return [(37 * i + 11) % 64 for i in range(64)]
+
+
+def _run_store(answer: type, *args: Any) -> dict[str, Any]:
+    """Pieces [2, kv_heads, tokens, dim] (keys, values) through a store; or a prompt, and the store as the model's cache."""
+    if isinstance(args[0], str):
+        return _store_in_model(answer, *args)
+    pieces, block_size = args
+    kv_heads, dim = pieces[0].shape[1], pieces[0].shape[3]
+    store = answer(_shuffled_blocks(), block_size, kv_heads, dim)
+    for k, v in pieces:
+        store.append(k, v)
+    k, v = store.gather()
+    return {"keys": k, "values": v, "block_table": list(store.block_table), "free blocks": len(store.free)}
+
+
+def _run_store_reference(*args: Any) -> dict[str, Any]:
+    if isinstance(args[0], str):
+        return _store_reference(*args)
+    pieces, block_size = args
+    k, v = torch.cat(pieces, dim=2)
+    blocks = -(-k.shape[1] // block_size)
+    return {"keys": k, "values": v, "block_table": _shuffled_blocks()[:blocks], "free blocks": 64 - blocks}
+
+
+def _store_in_model(answer: type, prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
     """The model's text with the answer as its KV cache, the first layer's table and what it left free."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -739,7 +790,7 @@ def _store_in_model(answer: type, prompt: str, new_tokens: int, block_size: int)
 
         def __init__(self) -> None:
             super().__init__()
-            self.store = answer([(37 * i + 11) % 64 for i in range(64)], block_size, 3, 64)
+            self.store = answer(_shuffled_blocks(), block_size, 3, 64)
             self.seen = 0
 
         def lazy_initialization(self, *_: Any) -> None:
@@ -766,24 +817,29 @@ def _store_in_model(answer: type, prompt: str, new_tokens: int, block_size: int)
     cache = Cache(layers=[Layer() for _ in range(model.config.num_hidden_layers)])
     text = greedy(model, tokenizer, prompt, new_tokens, past_key_values=cache)
     first = cache.layers[0].store
-    return [text, list(first.block_table), len(first.free)]
+    return {"text": text, "block_table": list(first.block_table), "free blocks": len(first.free)}
 
 
-def _store_reference(prompt: str, new_tokens: int, block_size: int) -> list[Any]:
-    from optinfer.course.exercises.real_model import chat, default_model, greedy
+def _store_reference(prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
+    from optinfer.course.exercises.real_model import chat, default_model, plain_text
 
-    model, tokenizer = default_model()
-    text = greedy(model, tokenizer, prompt, new_tokens)
+    _, tokenizer = default_model()
+    text = plain_text(prompt, new_tokens)
     made = len(tokenizer(text, add_special_tokens=False).input_ids)
     blocks = -(-(chat(tokenizer, prompt).shape[1] + made - 1) // block_size)
-    order = [(37 * i + 11) % 64 for i in range(64)]
-    return [text, order[:blocks], 64 - blocks]
+    return {"text": text, "block_table": _shuffled_blocks()[:blocks], "free blocks": 64 - blocks}
 
 
 def _store_cases(draw: Draw) -> Iterator[Case]:
-    yield case("blocks of 16", "What is a GPU?", 10, 16)
-    yield case("blocks of 7", "Name three colors of the rainbow.", 8, 7)
-    yield case("large blocks", "Hello", 6, 32)
+    def pieces(kv_heads: int, dim: int, *lengths: int) -> list[Tensor]:
+        return [draw.normal(2, kv_heads, n, dim) for n in lengths]
+
+    yield case("a prompt of 6 in blocks of 4", pieces(2, 3, 6), 4)
+    yield case("a prompt of 5, then four single tokens, blocks of 4", pieces(3, 2, 5, 1, 1, 1, 1), 4)
+    yield case("a prompt that fills its blocks", pieces(1, 4, 8), 4)
+    yield case("a prompt in three chunks of 7, 16 and 2, blocks of 5", pieces(2, 4, 7, 16, 2), 5)
+    yield slow_case("the real model, blocks of 16", "What is a GPU?", 10, 16)
+    yield slow_case("the real model, blocks of 7", "Name three colors of the rainbow.", 8, 7)
 
 
 STORE = Exercise(
@@ -793,13 +849,14 @@ STORE = Exercise(
     minutes=30,
     prerequisites=("kv_cache.paged_attention", "kv_cache.allocate"),
     spec="""\
-Write the cache of one layer: `append` puts new keys and values into blocks, `gather` brings them back in order. The check
-plugs one store into each of the 30 layers of the real model, with the free blocks shuffled, lets it talk, and compares the
-text with what it says with its own cache. A block is taken only when a token needs it.""",
+Write the cache of one layer: `append` puts new keys and values into blocks, `gather` brings them back in order. A block is
+taken only when a token needs it. The check appends small tensors in pieces; then it plugs one store into each of the 30
+layers of the real model, with the free blocks shuffled, lets it talk, and compares the text with what it says with its own
+cache.""",
     answer=PagedStore,
     cases=_store_cases,
-    reference=_store_reference,
-    run=_store_in_model,
+    reference=_run_store_reference,
+    run=_run_store,
     model=True,
     limit=60,
     hints=(
@@ -817,6 +874,11 @@ text with what it says with its own cache. A block is taken only when a token ne
             "empty slots returned too",
             "What lies behind the last token are zeros, and the model attends to them: cut at length.",
             ("[: self.length]", ""),
+        ),
+        Wrong(
+            "tokens and heads in the wrong order",
+            "The blocks hold [token, head, dim]; the model wants [head, token, dim]: transpose what comes out.",
+            ("return k.transpose(0, 1), v.transpose(0, 1)", "return k, v"),
         ),
         Wrong(
             "blocks in the order of their numbers",

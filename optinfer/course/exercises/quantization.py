@@ -1,13 +1,15 @@
 # ruff: noqa: E501, RUF005 (the hints are prose)
 """Exercises of chapter 1: number formats, scales, packed bytes, NF4, LLM.int8()."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -20,7 +22,7 @@ NF4 = torch.tensor(
 def absmax_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize to int8 with one scale for the whole tensor.
 
-    x: float, any shape
+    x: any shape, float32, float16 or bfloat16; compute in float32
     returns: codes (int8, shape of x, from -127 to 127) and scale (float32, no dimensions), with x ≈ codes * scale
     """
     x = x.float()
@@ -39,7 +41,7 @@ def _absmax_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def _absmax_cases(draw: Draw) -> Iterator[Case]:
     yield case("the largest magnitude is negative", torch.tensor([0.3, -2.54, 0.011, 1.275, -0.013, 1.2]))
     yield case("5 x 7, float32", draw.normal(5, 7))
-    yield case("float16", draw.normal(33, dtype=torch.float16))
+    yield case("float16", draw.normal(20, 40, dtype=torch.float16))
     yield case("not contiguous", draw.normal(4, 9, strided=True))
     yield case("large numbers", 1e6 * draw.normal(17))
     yield case("tiny numbers", 1e-12 * draw.normal(17))
@@ -88,6 +90,11 @@ A tensor of zeros has scale 0 and codes 0.""",
             ("/ 127", "/ 128"),
         ),
         Wrong(
+            "computed in 16 bits",
+            "In float16 the scale itself is rounded, and codes land one off. Convert x to float32 first.",
+            ("x = x.float()", "x = x"),
+        ),
+        Wrong(
             "the scale upside down",
             "The scale is how much one step of the code is worth, 'largest / 127'; its inverse is what you multiply x with.",
             (
@@ -112,7 +119,7 @@ A tensor of zeros has scale 0 and codes 0.""",
 def affine_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize to uint8 with a scale and a zero point, so that a lopsided range wastes no codes.
 
-    x: float, any shape
+    x: any shape, float32, float16 or bfloat16; compute in float32
     returns: codes (uint8, shape of x), scale (float32, no dimensions), zero (int64, no dimensions: the code of 0.0),
         with x ≈ (codes - zero) * scale
     """
@@ -427,6 +434,11 @@ A group of zeros has scale 0 and codes 0. The price is one scale per group: 16 b
             ("/ 7", "/ 8"),
         ),
         Wrong(
+            "only whole groups",
+            "`view` and `reshape` need a number of columns that divides; pad with zeros first, or split the columns in a loop.",
+            ("padded = torch.nn.functional.pad(weight, (0, -columns % group_size))", "padded = weight"),
+        ),
+        Wrong(
             "dropping the shorter last group",
             "Columns that do not fill a group are weights too: pad them, do not cut them.",
             (
@@ -688,7 +700,7 @@ out = int8_product(x[:, ~outlier], weight[:, ~outlier]) + x[:, outlier] @ weight
 
 In the int8 product each token (row of `x`) has one scale, taken over its regular columns only, and each output (row of
 `weight`) has one, taken over *all* its columns, because weights are quantized long before `x` is known. The sum of
-products of codes is exact (int32); multiply it with both scales.""",
+products of codes is exact in int32 (int8 would wrap around); multiply it with both scales.""",
     answer=llm_int8_matmul,
     cases=_llm_int8_cases,
     reference=_llm_int8_reference,
@@ -705,6 +717,14 @@ products of codes is exact (int32); multiply it with both scales.""",
             "outliers quantized with the rest",
             "The decomposition is missing: with the outliers inside, every other number of their token loses most of its codes.",
             ("(x.abs() >= threshold).any(dim=0)", "(x.abs() >= float('inf')).any(dim=0)"),
+        ),
+        Wrong(
+            "codes summed in eight bits",
+            "A product of two int8 tensors is int8 again and wraps around at 127: convert the codes to int32 (or float) first.",
+            (
+                "product = (x_codes.double() @ w_codes.double().T).float()  # whole numbers: exact, as in int32",
+                "product = (x_codes.to(torch.int8) @ w_codes.to(torch.int8).T).float()",
+            ),
         ),
         Wrong(
             "one scale for all tokens",
@@ -740,4 +760,144 @@ products of codes is exact (int32); multiply it with both scales.""",
     ),
 )
 
-EXERCISES = (ABSMAX, AFFINE, PACK, UNPACK, GROUPS, NF4_LEVELS, NF4_QUANTIZE, LLM_INT8)
+
+# --------------------------------------------------------------------------------------------------- the real model
+def pack_weight(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a layer's weight to the bytes that bitsandbytes and this package read.
+
+    weight: float32 [out, in], out * in is a multiple of block_size; its blocks run on from row to row
+    levels: float32 [16], sorted, from -1 to 1
+    returns: packed (uint8 [out * in / 2], two codes to a byte, the first one in the high four bits)
+        and absmax (float32 [out * in / block_size])
+    """
+    blocks = weight.reshape(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
+    return (codes[0::2] << 4) | codes[1::2], absmax
+
+
+def _pack_weight_reference(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = torch.stack([block.abs().max() for block in weight.flatten().split(block_size)])
+    scaled = weight.flatten() / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(block_size)
+    nearest = torch.stack([(scaled - level).abs() for level in levels]).argmin(dim=0)
+    return _pack_reference(nearest), absmax
+
+
+def _run_pack(answer: Callable[..., Any], *args: Any) -> Any:
+    """A weight in bytes; or what the model says to a prompt with bytes made by the answer, and their number."""
+    if not isinstance(args[0], str):
+        packed, absmax = answer(*args)
+        return {"packed": packed, "absmax": absmax}
+    prompt, new_tokens, block_size = args
+    return _quantized_text(answer, prompt, new_tokens, block_size)
+
+
+def _run_pack_reference(*args: Any) -> Any:
+    if isinstance(args[0], str):
+        return _expected_text(*args)
+    packed, absmax = _pack_weight_reference(*args)
+    return {"packed": packed, "absmax": absmax}
+
+
+@cache
+def _expected_text(prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
+    return _quantized_text(pack_weight, prompt, new_tokens, block_size)
+
+
+def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
+    """Replace the linear layers of every second block by the package's, around the answer's bytes; then put them back."""
+    from optinfer.course.exercises.real_model import default_model, greedy
+    from optinfer.quantization import QuantizedLinear, QuantizedTensor
+    from optinfer.quantization.model import linear_layers, replace_module
+
+    model, tokenizer = default_model("bfloat16")
+    replaced, size = [], 0
+    try:
+        for linear in linear_layers(model.model.layers[::2]).values():
+            weight = linear.weight.detach()
+            packed, absmax = answer(weight.float(), block_size, NF4)
+            q = QuantizedTensor(packed.view(-1, 1), absmax, weight.shape, weight.dtype, "nf4", 4, block_size)
+            layer = QuantizedLinear.from_quantized(q)
+            replace_module(model, linear, layer)
+            replaced.append((layer, linear))
+            size += packed.nbytes + absmax.nbytes
+        return {"text": greedy(model, tokenizer, prompt, new_tokens), "bytes of the layers": size}
+    finally:
+        for layer, linear in replaced:
+            replace_module(model, layer, linear)
+
+
+def _pack_weight_cases(draw: Draw) -> Iterator[Case]:
+    yield case("one block", draw.normal(1, 8), 8, NF4)
+    yield case("blocks run on from row to row", draw.normal(4, 6), 8, NF4)
+    yield case("rows of very different size", draw.normal(3, 64) * torch.tensor([[1.0], [100], [0.01]]), 32, NF4)
+    yield case("a pruned row", draw.normal(2, 16) * torch.tensor([[1.0], [0.0]]), 16, NF4)
+    yield case("not contiguous", draw.normal(8, 32, strided=True), 64, NF4)
+    yield slow_case("the real model, half of it in 4 bits", "Name three colors of the rainbow.", 16, 64)
+
+
+IN_THE_MODEL = Exercise(
+    id="quantization.in_the_model",
+    title="Your bytes, generating text",
+    difficulty=4,
+    minutes=20,
+    prerequisites=("quantization.pack_nibbles", "quantization.nf4_quantize"),
+    spec="""\
+Put the two together, for the whole model: each block of a weight, read row after row, has its absmax; each number becomes
+the index of the nearest level; two indices share a byte.
+
+```python
+weight.flatten() ≈ levels[codes] * absmax of its block
+packed = first code * 16 + second code, and so on
+```
+
+The check tries small weights first. Then it replaces the 105 linear layers in every second block of the model (53 million
+weights) by the package's 4-bit layers, which read *your* bytes, and lets the model talk.""",
+    answer=pack_weight,
+    cases=_pack_weight_cases,
+    reference=_run_pack_reference,
+    run=_run_pack,
+    model=True,
+    limit=60,
+    hints=(
+        "You wrote both halves already: `nf4_quantize` and `pack_nibbles`.",
+        "Flatten the weight (reshape, it may not be contiguous), quantize it in blocks, pack the codes.",
+        "`codes, absmax = nf4_quantize(weight.reshape(-1), block_size, levels)`\n`return pack_nibbles(codes), absmax`\n"
+        "Faster than 16 distances for each weight: `torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)`.",
+    ),
+    wrong=(
+        Wrong(
+            "the first code in the low half",
+            "The layer's kernel reads the high four bits first: swapped, every pair of neighboring weights is exchanged.",
+            ("(codes[0::2] << 4) | codes[1::2]", "(codes[1::2] << 4) | codes[0::2]"),
+        ),
+        Wrong(
+            "an absmax for each row",
+            "Blocks have block_size numbers, wherever the rows end: reshape to [-1, block_size].",
+            ("weight.reshape(-1, block_size)", "weight"),
+        ),
+        Wrong(
+            "blocks down the columns",
+            "A weight is read row after row; its columns are far apart in memory.",
+            ("weight.reshape(-1, block_size)", "weight.t().reshape(-1, block_size)"),
+        ),
+        Wrong(
+            "codes not packed",
+            "One code for each byte is twice the memory: 8 bits for a 4-bit weight.",
+            ("(codes[0::2] << 4) | codes[1::2]", "codes"),
+        ),
+        Wrong(
+            "dividing by a zero absmax",
+            "Pruned rows exist: 0/0 is NaN, and its code is not that of 0.",
+            ("torch.where(absmax == 0, 1.0, absmax)[:, None]", "absmax[:, None]"),
+        ),
+        Wrong(
+            "the level below instead of the nearest",
+            "`bucketize` needs the midpoints between levels as borders, not the levels.",
+            ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
+        ),
+    ),
+)
+
+EXERCISES = (ABSMAX, AFFINE, PACK, UNPACK, GROUPS, NF4_LEVELS, NF4_QUANTIZE, LLM_INT8, IN_THE_MODEL)

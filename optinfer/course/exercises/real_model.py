@@ -1,17 +1,23 @@
-"""The default model for exercises that end in generated text; loaded once a session, in float32."""
+"""The default model for exercises that end in generated text; loaded once a session."""
 
 from functools import cache
 from typing import Any
 
 
 @cache
-def default_model() -> tuple[Any, Any]:
-    """The model and its tokenizer, on the CPU in float32, where equal arithmetic gives equal tokens."""
+def default_model(dtype: str = "float32") -> tuple[Any, Any]:
+    """The model and its tokenizer, on the CPU; in float32 different orders of the same sum give the same tokens."""
     import torch
 
     from optinfer.models import load_model
 
-    return load_model(dtype=torch.float32, device="cpu")
+    return load_model(dtype=getattr(torch, dtype), device="cpu")
+
+
+@cache
+def plain_text(prompt: str, new_tokens: int) -> str:
+    """What the model says by itself, in float32."""
+    return greedy(*default_model(), prompt, new_tokens)
 
 
 def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any) -> str:

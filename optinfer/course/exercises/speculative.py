@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
 
 
 # --------------------------------------------------------------------------------------------------- arithmetic
@@ -68,6 +68,11 @@ pass yields the accepted ones and one more: the correction, or a bonus when all 
             "The sum has gamma + 1 terms: with all accepted there is a bonus token.",
             ("alpha ** (gamma + 1)", "alpha ** gamma"),
             ("gamma + 1.0", "gamma + 0.0"),
+        ),
+        Wrong(
+            "the first drafted token counted as certain",
+            "The pass yields its one token for sure; the first drafted one comes on top with probability alpha, the i-th with alpha**i.",
+            ("return (1 - alpha ** (gamma + 1)) / (1 - alpha)", "return 1 + sum(alpha**i for i in range(gamma))"),
         ),
         Wrong(
             "dividing by zero at alpha = 1",
@@ -133,6 +138,11 @@ a drafted token is accepted, over all tokens that may be drafted?""",
             "not weighted by what is drafted",
             "The mean of min(1, p/q) counts tokens that are never drafted as much as common ones.",
             ("torch.minimum(p, q).sum(dim=-1)", "(p / q.clamp(min=1e-9)).clamp(max=1).mean(dim=-1)"),
+        ),
+        Wrong(
+            "the drafting left out",
+            "Summing min(1, p/q) can exceed 1. Each token counts as often as it is drafted: multiply with q.",
+            ("torch.minimum(p, q).sum(dim=-1)", "(p / q).clamp(max=1).sum(dim=-1)"),
         ),
         Wrong(
             "summed over all positions",
@@ -338,7 +348,6 @@ def _law_reference(q: Tensor, p: Tensor, draft: list[int], u: list[float], u_las
 def _law_cases(draw: Draw) -> Iterator[Case]:
     tenth = torch.tensor([[0.1, 0.2, 0.7], [0.4, 0.4, 0.2]], dtype=torch.float64)
     half = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
-    yield case("the law of the first token, all numbers tried", half, tenth, [], [], 0.0)
     for label, gamma, sharp in (
         ("3 drafted of a vocabulary of 5", 3, 1.0),
         ("4 drafted, sharp", 4, 3.0),
@@ -353,6 +362,7 @@ def _law_cases(draw: Draw) -> Iterator[Case]:
         yield case(label, q, p, draft, [draw.random.random() for _ in draft], draw.random.random())
     yield case("everything accepted", half.repeat(2, 1), torch.cat([half, half, tenth[:1]]), [0, 2], [0.99, 0.99], 0.95)
     yield case("everything rejected", half, tenth, [0], [0.9], 0.5)
+    yield case("how often each token comes first, over all drafts and numbers u", half, tenth, [], [], 0.0)
 
 
 REJECTION = Exercise(
@@ -476,6 +486,11 @@ try a shorter one. The run at the end itself does not count, but an earlier one 
             "finding the end itself",
             "The last n tokens match themselves, and nothing follows them: start one place earlier.",
             ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n, -1, -1)"),
+        ),
+        Wrong(
+            "no overlap allowed",
+            "In 4 4 4 the run 4 4 occurs earlier, one place to the left: the last start is len - n - 1, not len - 2n.",
+            ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - 2 * n, -1, -1)"),
         ),
         Wrong(
             "short runs first",
@@ -608,9 +623,11 @@ def _toy_target(modulus: int) -> Callable[[list[int]], list[int]]:
     return lambda tokens: [(3 * sum(tokens[: i + 1]) + i) % modulus for i in range(len(tokens))]
 
 
-def _loop(answer: Callable[..., list[int]], kind: str, prompt: Any, gamma: int, max_tokens: int, eos: int) -> list[Any]:
+def _loop(
+    answer: Callable[..., list[int]], draft: str, prompt: Any, gamma: int, max_tokens: int, eos: int
+) -> dict[str, Any]:
     """The generated tokens, and how often the target was called."""
-    target, draft, start = _target_and_draft(kind, prompt)
+    target, propose, start = _target_and_draft(draft, prompt)
     calls = [0]
 
     def counted(tokens: list[int]) -> list[int]:
@@ -619,11 +636,20 @@ def _loop(answer: Callable[..., list[int]], kind: str, prompt: Any, gamma: int, 
             raise RuntimeError("the target was called far too often: does every pass add a token?")
         return target(list(tokens))
 
-    return [answer(counted, draft, start, gamma, max_tokens, eos), calls[0]]
+    tokens = answer(counted, propose, start, gamma, max_tokens, eos)
+    return {"tokens": tokens, "passes of the target": calls[0], **_as_text(draft, tokens)}
+
+
+def _as_text(draft: str, tokens: list[int]) -> dict[str, str]:
+    if draft != "prompt lookup":
+        return {}
+    from optinfer.course.exercises.real_model import default_model
+
+    return {"text": default_model()[1].decode(tokens)}
 
 
 def _target_and_draft(kind: str, prompt: Any) -> tuple[Any, Any, list[int]]:
-    if kind == "model":
+    if kind == "prompt lookup":
         from optinfer.course.exercises.real_model import chat, default_model
 
         model, tokenizer = default_model()
@@ -651,17 +677,17 @@ def _target_and_draft(kind: str, prompt: Any) -> tuple[Any, Any, list[int]]:
     return target, drafts[kind], list(prompt)
 
 
-def _loop_reference(kind: str, prompt: Any, gamma: int, max_tokens: int, eos: int) -> list[Any]:
-    target, draft, start = _target_and_draft(kind, prompt)
+def _loop_reference(draft: str, prompt: Any, gamma: int, max_tokens: int, eos: int) -> dict[str, Any]:
+    target, propose, start = _target_and_draft(draft, prompt)
     out: list[int] = []
     while len(out) < max_tokens and (not out or out[-1] != eos):
         out.append(target(start + out)[-1])
     passes, done = 0, 0
     while done < len(out):
-        proposed = draft(start + out[:done], gamma)
+        proposed = propose(start + out[:done], gamma)
         agree = next((i for i, t in enumerate(proposed) if done + i >= len(out) or t != out[done + i]), len(proposed))
         done, passes = done + agree + 1, passes + 1
-    return [out, passes]
+    return {"tokens": out, "passes of the target": passes, **_as_text(draft, out)}
 
 
 def _loop_cases(draw: Draw) -> Iterator[Case]:
@@ -671,11 +697,10 @@ def _loop_cases(draw: Draw) -> Iterator[Case]:
     yield case("no draft at all", "nothing", prompt, 3, 6, -1)
     yield case("two right, then wrong", "half", prompt, 5, 16, -1)
     yield case("drafts of different lengths", "short", prompt, 5, 16, -1)
-    ending = _loop_reference("nothing", prompt, 1, 12, -1)[0]
+    ending = _loop_reference("nothing", prompt, 1, 12, -1)["tokens"]
     yield case("the text ends inside an accepted draft", "perfect", prompt, 8, 12, ending[4])
-    yield case(
-        "the real model, drafting by prompt lookup", "model", "Repeat after me: one two three, one two three.", 4, 10, 2
-    )
+    request = "Repeat after me: one two three, one two three."
+    yield slow_case("the real model, drafting by prompt lookup", "prompt lookup", request, 4, 10, 2)
 
 
 LOOP = Exercise(
