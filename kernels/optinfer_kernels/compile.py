@@ -6,9 +6,13 @@ No GPU and no driver is needed: Triton ships the assembler (`ptxas`) and the dis
     k.registers, k.spill_bytes, k.shared_bytes, k.count("HGMMA")
 """
 
+import concurrent.futures
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +74,19 @@ class CompiledKernel:
         counts = {name: self.count(name) for name in INSTRUCTIONS}
         return {name: count for name, count in counts.items() if count}
 
+    def main_loop(self) -> list[str]:
+        """The machine instructions of the longest innermost loop: what a program spends its time on."""
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", self.sass)
+        code = [(int(address, 16), text.strip()) for address, text in lines]
+        loops = []
+        for address, text in code:
+            target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+            if target and int(target.group(1), 16) < address:
+                loops.append((int(target.group(1), 16), address))
+        innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+        bodies = [[text for address, text in code if a <= address <= b] for a, b in innermost]
+        return max(bodies, key=len, default=[])
+
     @property
     def is_specialized(self) -> bool:
         """Whether warps were given different jobs, with registers moved between them."""
@@ -120,6 +137,22 @@ def compile_for(
         sass=sass,
         ttgir=binary.asm["ttgir"],
     )
+
+
+def compile_in_parallel(build: Callable, cases: Iterable[tuple]) -> dict[tuple, Any]:
+    """``{case: build(*case)}`` on all cores; where a build fails, the exception in place of its result.
+
+    Works in processes without TRITON_INTERPRET, whatever this one has set. `build` must be importable by name.
+    """
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            futures = {case: pool.submit(build, *case) for case in cases}
+            return {case: future.exception() or future.result() for case, future in futures.items()}
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
 
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:

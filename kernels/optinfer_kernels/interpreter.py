@@ -70,6 +70,16 @@ def will_interpret(device: Any) -> bool:
     return _forced or getattr(device, "type", str(device)).split(":")[0] != "cuda" or _environment_interprets()
 
 
+def device_shape(device: Any) -> tuple[int, int]:
+    """(compute capability times ten, number of processors); a small imaginary GPU where kernels are interpreted."""
+    if will_interpret(device):
+        return 80, 8
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
 def _environment_interprets() -> bool:
     return not isinstance(tl.standard.sum, JITFunction)
 

@@ -29,7 +29,7 @@ triton = require_triton()
 import triton.language as tl  # noqa: E402
 
 from optinfer_kernels.flash_attention import LOG2E, block_d, online_softmax_step  # noqa: E402
-from optinfer_kernels.interpreter import launch, will_interpret  # noqa: E402
+from optinfer_kernels.interpreter import device_shape, launch  # noqa: E402
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def paged_attention(
     queries = q.reshape(a.batch, a.heads, a.q_len, a.head_dim).contiguous()
     out = torch.empty_like(queries)
     rows = a.q_len * a.group
-    arch, processors = _device(q.device)
+    arch, processors = device_shape(q.device)
     tile = tile or tile_for(arch, q.dtype, a.head_dim, rows)
     splits = splits or choose_splits(a, tile, block_tables.shape[1] * a.block_size, processors)
     part = lse = out
@@ -200,11 +200,3 @@ def paged_attention(
             GROUP=a.group, HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), BLOCK_S=triton.next_power_of_2(splits),
         )  # fmt: skip
     return out.view(q.shape)
-
-
-def _device(device: torch.device) -> tuple[int, int]:
-    """(compute capability times ten, number of processors); a small imaginary GPU for the interpreter."""
-    if will_interpret(device):
-        return 80, 8
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
+from optinfer.quantization.gpu import has_kernels
 from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = ["Int8Activations", "int8_matmul", "quantize_activations", "quantize_int8"]
@@ -110,7 +111,12 @@ def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of int8 ``[m, k]``, ``[n, k]`` with exact int32 sums."""
     if a.device.type == "cpu":
         return torch._int_mm(a, b.t())
-    m = len(a)  # cuBLAS wants more than 16 rows, and sizes in multiples of 8
+    m = len(a)
+    if m <= 16 and has_kernels(a.device):
+        from optinfer_kernels.int8_matmul import int8_matmul as kernel
+
+        return kernel(a, b)
+    # cuBLAS wants more than 16 rows, and sizes in multiples of 8
     if b.shape[0] % 8 or b.shape[1] % 8:
         return (a.double() @ b.double().t()).int()
     a = torch.nn.functional.pad(a, (0, 0, 0, max(32 - m, -m % 8)))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.quantization.cpu import CpuLayout, aligned, layout_for
+from optinfer.quantization.gpu import as_kernel_weight, kernel_matmul, kernel_pays
 from optinfer.quantization.matmul import quantized_matmul
 from optinfer.quantization.schemes import Scheme
 from optinfer.quantization.tensor import QuantizedTensor
+from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 __all__ = ["QuantizedLinear"]
 
@@ -23,8 +25,9 @@ class QuantizedLinear(nn.Module):
     ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any
     other.
 
-    On a CPU, the first bfloat16 product may re-order the codes for a fused operator (`cpu.py`), in the same
-    bytes; everything that looks from outside, `state_dict` included, sees the canonical order.
+    A few tokens on a GPU go through a fused kernel (`gpu.py`). On a CPU, the first bfloat16 product may re-order
+    the codes for a fused operator (`cpu.py`), in the same bytes; everything that looks from outside, `state_dict`
+    included, sees the canonical order.
     """
 
     weight: nn.Parameter
@@ -45,6 +48,8 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         self._layout: CpuLayout | None = None
         self._layout_tried = False
+        self._kernel_weight: QuantizedWeight | None = None
+        self._kernel_tried = False
         for name, (shape, stored_dtype) in scheme.stored((out_features, in_features), dtype).items():
             self._set(name, torch.empty(shape, dtype=stored_dtype, device=device))
         self.bias = None
@@ -93,12 +98,23 @@ class QuantizedLinear(nn.Module):
 
     # ---- the product
     def forward(self, x: Tensor) -> Tensor:
+        if (kernel_weight := self._gpu_weight(x)) is not None:
+            return kernel_matmul(x, kernel_weight, self.bias)
         layout = self._cpu_layout(x)
         if layout is None or (layout.in_order and x.numel() > layout.MANY_TOKENS * self.in_features):
             return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
         out = layout.matmul(aligned(x.reshape(-1, self.in_features)), self.weight.data)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _gpu_weight(self, x: Tensor) -> QuantizedWeight | None:
+        """The fused kernel's view of the weight, if `x` is for it; made on first use."""
+        if not x.is_cuda or not kernel_pays(x):
+            return None
+        if not self._kernel_tried:
+            self._kernel_tried = True
+            self._kernel_weight = as_kernel_weight(self.quantized)
+        return self._kernel_weight
 
     def _cpu_layout(self, x: Tensor) -> CpuLayout | None:
         """The fused operator's layout, if `x` is for it; made on first use."""
@@ -115,6 +131,7 @@ class QuantizedLinear(nn.Module):
         if self._layout is not None:
             self.weight.data = self._layout.undo(self.weight.data)
         self._layout, self._layout_tried = None, False
+        self._kernel_weight, self._kernel_tried = None, False
         return self
 
     # ---- leaving and coming back

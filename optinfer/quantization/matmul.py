@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optinfer.quantization.checks import check_choice
+from optinfer.quantization.gpu import as_kernel_weight, kernel_matmul, kernel_pays
 from optinfer.quantization.int8 import int8_matmul
 from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = ["dequantized_matmul", "quantized_matmul"]
 
+BACKENDS = ("auto", "triton", "dequantize")
 
-def quantized_matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
+
+def quantized_matmul(
+    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0, backend: str = "auto"
+) -> Tensor:
     """``x @ W.T + bias`` for a quantized weight.
 
     Args:
@@ -19,13 +25,26 @@ def quantized_matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, 
         q: ``[out, in]``, any scheme.
         bias: ``[out]``.
         threshold: of LLM.int8()'s outliers; other schemes do not use it.
+        backend: "triton", the kernel that restores weights in registers (interpreted on a CPU, and slow there);
+            "dequantize", rows restored and multiplied in turn; "auto", the kernel for few tokens on a GPU.
 
     Returns:
         ``[..., out]`` in `x.dtype`.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot take this weight.
+        TritonMissing: backend "triton" without Triton.
     """
+    check_choice(backend, BACKENDS, "backend")
     if q.scheme == "llm_int8":
         return int8_matmul(x, q, threshold, bias)
-    # A fused GPU kernel, which restores weights in registers, belongs here: `if x.is_cuda and supports(q)`.
+    if backend == "triton":
+        weight = as_kernel_weight(q)
+        if weight is None:
+            raise ValueError(f"backend 'triton' cannot take {q!r}; use 'dequantize'")
+        return kernel_matmul(x, weight, bias)
+    if backend == "auto" and kernel_pays(x) and (weight := as_kernel_weight(q)) is not None:
+        return kernel_matmul(x, weight, bias)
     return dequantized_matmul(x, q, bias)
 
 

@@ -1,18 +1,13 @@
-"""The compile gate: every kernel, dtype and tile, for every architecture, on a machine without a GPU.
+"""The compile gate: every kernel, dtype and tile, for every architecture, on a machine without a GPU."""
 
-Compiles in worker processes without TRITON_INTERPRET, whatever the process that runs the tests has set.
-"""
-
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 
 import pytest
 
 pytest.importorskip("triton")
 from optinfer_kernels.attention_builds import compile_attention
-from optinfer_kernels.compile import SHARED_MEMORY, CompiledKernel
+from optinfer_kernels.compile import SHARED_MEMORY, CompiledKernel, compile_in_parallel
 
 pytestmark = pytest.mark.compile
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -46,16 +41,7 @@ CASES = list(cases())
 
 @functools.cache
 def compiled():
-    """All of them at once, on all cores."""
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            futures = {case: pool.submit(compile_attention, *case) for case in CASES}
-            return {case: future.exception() or future.result() for case, future in futures.items()}
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+    return compile_in_parallel(compile_attention, CASES)
 
 
 def result(case) -> CompiledKernel:

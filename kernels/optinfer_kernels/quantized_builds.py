@@ -1,0 +1,85 @@
+"""The quantized products as they would be launched, compiled for any GPU: for the compile gate, and to count."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from optinfer_kernels.compile import CompiledKernel, compile_for
+from optinfer_kernels.quantized_arguments import INT4
+from optinfer_kernels.quantized_matmul_fast import decoding, quantized_matmul_fast_kernel, tile_for
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Instructions of the integer pipe, which takes half as many per cycle as there are lanes (CUDA programming guide,
+# "throughput of native arithmetic instructions", capability 8.x and 9.0: 64 a processor against 128).
+INTEGER_PIPE = ("PRMT", "LOP3", "SHF", "ISETP", "SEL", "IADD3", "LEA", "VIADD")
+
+
+@dataclass(frozen=True)
+class QuantizedBuild:
+    """One build, and what its main loop spends on one weight."""
+
+    kernel: CompiledKernel
+    loop: tuple[str, ...]
+    weights_per_thread: float  # restored by one thread in one turn of the loop
+
+    @property
+    def instructions_per_weight(self) -> float:
+        return len(self.loop) / self.weights_per_thread
+
+    @property
+    def integer_instructions_per_weight(self) -> float:
+        """Of them, those for the integer pipe."""
+        return sum(self.mix[name] for name in INTEGER_PIPE) / self.weights_per_thread
+
+    @property
+    def mix(self) -> Counter:
+        """How often each kind of instruction stands in the main loop."""
+        names = (text.split()[1] if text.startswith("@") else text.split()[0] for text in self.loop)
+        return Counter(name.split(".")[0] for name in names)
+
+
+def compile_quantized(
+    scheme: str,
+    arch: int,
+    dtype: str = "bf16",
+    tokens: int = 1,
+    group_size: int = 64,
+    nested: bool = False,
+    codebook: tuple[float, ...] | None = None,
+) -> QuantizedBuild:
+    """The build that `quantized_matmul` would launch on compute capability `arch` (90 is Hopper), for large layers.
+
+    scheme: "codebook" (with `codebook`, its 16 values), "int4", "int4 affine" or "int8".
+    """
+    if scheme not in ("codebook", "int4", "int4 affine", "int8"):
+        raise ValueError(f"scheme must be codebook, int4, int4 affine or int8; not {scheme!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; not {dtype!r}")
+    if scheme == "codebook" and codebook is None:
+        raise ValueError("codebook must be given with scheme='codebook': its 16 values")
+    bits = 8 if scheme == "int8" else 4
+    book = codebook if scheme == "codebook" else None if scheme == "int8" else INT4
+    tile = tile_for(tokens, bits, group_size)
+    constants = {
+        "BITS": bits,
+        "NESTED": nested,
+        "ZEROS": scheme == "int4 affine",
+        "DECODING": decoding(book, DTYPES[dtype]),
+        "GROUP": group_size,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "WHOLE": True,
+    }
+    signature = dict.fromkeys(("M", "N", "K", "row_bytes", "groups", "splits"), "i32")
+    signature |= dict.fromkeys(("x_ptr", "codebook_ptr", "out_ptr"), f"*{dtype}")
+    signature |= {"codes_ptr": "*u8" if bits == 4 else "*i8", "zero_ptr": "*u8"}
+    signature |= dict.fromkeys(("nested_ptr", "table_ptr", "offset_ptr"), "*fp32")
+    signature["scale_ptr"] = "*u8" if nested else "*fp32" if scheme == "codebook" else f"*{dtype}"
+    kernel = compile_for(
+        arch, quantized_matmul_fast_kernel, signature, constants, aligned=("N", "K", "row_bytes"),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return QuantizedBuild(kernel, tuple(kernel.main_loop()), tile.block_n * tile.block_k / (32 * tile.num_warps))
