@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(command=_fetch)
 
     bench = commands.add_parser("bench", help="measure, beside other libraries, and record")
-    bench.add_argument("suite", help="a suite's name, or all")
+    bench.add_argument("suite", help="a suite's name, all, or compare")
+    bench.add_argument("files", nargs="*", metavar="FILE", help="with compare: two recorded runs, the earlier first")
     bench.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats")
     bench.add_argument(
         "--out",
@@ -119,15 +120,42 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from optinfer import bench, hardware, results
-    from optinfer.bench.report import show
+    from optinfer.bench.report import plot, show
 
+    if args.suite == "compare":
+        return _compare(args.files)
+    if args.files:
+        raise ValueError(f"only `bench compare` takes files; got {' '.join(args.files)}")
     suites = bench.available() if args.suite == "all" else [args.suite]
     folder = Path(args.out) if args.out else results.default_folder()
     machine = hardware.this_machine()
     for suite in suites:
         rows = bench.run(suite, quick=args.quick)
         print(show(rows))
-        print(f"written to {results.save(suite, rows, folder, machine=machine)}")
+        path = results.save(suite, rows, folder, machine=machine)
+        print(f"written to {path}")
+        try:
+            plot(rows, path.with_suffix(".svg"))
+        except ModuleNotFoundError:
+            print("no plot: matplotlib is not installed")
+    return 0
+
+
+def _compare(files: list[str]) -> int:
+    from optinfer import results
+    from optinfer.bench.compare import compare
+    from optinfer.bench.report import show
+
+    if len(files) != 2:
+        raise ValueError(f"compare takes two files of recorded results, got {len(files)}")
+    before, after = (results.read(file) for file in files)
+    rows = compare(before, after)
+    print(f"before: {before.caption()}\nafter:  {after.caption()}")
+    if before.device != after.device:
+        print("two different devices: ratios compare machines, not code")
+    print(show([row for row in rows if row["verdict"] != "same"] or rows))
+    counts = {v: sum(row["verdict"] == v for row in rows) for v in ("faster", "slower", "same", "new", "gone")}
+    print(", ".join(f"{count} {v}" for v, count in counts.items() if count))
     return 0
 
 

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-SUITES = ("quantization", "attention", "kv_cache", "paged_attention", "speculative", "serving")
+SUITES = ("quantization", "quantized_matmul", "attention", "kv_cache", "paged_attention", "speculative", "serving")
 
 
 def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:

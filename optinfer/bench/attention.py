@@ -7,7 +7,6 @@ On a CPU the sizes are small and interpreted kernels are checked, not timed.
 
 import functools
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from optinfer import hardware
 from optinfer.attention import attention_flops, attention_reference, flash_attention
 from optinfer.attention.dispatch import KERNELS, Problem, obstacle
+from optinfer.bench.timing import in_turns
 
 SDPA = {
     "sdpa math": SDPBackend.MATH,
@@ -42,6 +42,24 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     rows = []
     for sizes in problems(device, quick):
         rows += compare(sizes, device, dtype, repeats=5 if quick else 20)
+    return rows + memory_rows(device, dtype, quick)
+
+
+def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
+    """Memory beyond inputs for one head of 64, as the text gets longer: the whole matrix of scores, or a tile of it."""
+    lengths = (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384)
+    tiled = "auto" if device.type == "cuda" else "online"
+    formulas: dict[str, Callable] = {
+        "naive": lambda q, k, v: attention_reference(q, k, v, True),
+        f"optinfer {tiled}": lambda q, k, v: flash_attention(q, k, v, True, backend=tiled),
+    }
+    rows = []
+    for n in lengths:
+        q, k, v = (torch.randn(1, 1, n, 64, device=device, dtype=dtype) for _ in range(3))
+        for name, attend in formulas.items():
+            peak = peak_extra_bytes(functools.partial(attend, q, k, v))
+            sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "q_len": n, "kv_len": n, "head_dim": 64, "causal": True}
+            rows.append({"peer": name, "what": "memory", **sizes, "peak_bytes": peak})
     return rows
 
 
@@ -102,7 +120,7 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
 
     interpreted = device.type != "cuda"
     rows: list[dict[str, Any]] = []
-    running: dict[str, tuple[dict[str, Any], Callable, list[float]]] = {}
+    running: dict[str, Callable[[], Any]] = {}
     for name, attend in peers(sizes, device, dtype).items():
         row = {"peer": name, **sizes, "dtype": str(dtype).removeprefix("torch."), "seconds": None}
         rows.append(row)
@@ -117,32 +135,18 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
         if interpreted and name.startswith("optinfer"):
             row["skipped"] = "interpreted: checked, not timed"
             continue
-        row["peak_bytes"] = peak_extra_bytes(functools.partial(attend, q, k, v))
-        running[name] = (row, attend, [])
-    for _ in range(repeats):
-        for _, attend, samples in running.values():
-            samples.append(_seconds(functools.partial(attend, q, k, v), device))
+        running[name] = functools.partial(attend, q, k, v)
+        row["peak_bytes"] = peak_extra_bytes(running[name])
+    samples = in_turns(running, device, repeats)
     flops = attention_flops(*(sizes[n] for n in ("batch", "heads", "q_len", "kv_len", "head_dim", "causal")))
     ceiling = hardware.this_machine().matmul_flops
-    for row, _, samples in running.values():
-        row["seconds"] = statistics.median(samples)
-        row["tflops"] = flops / row["seconds"] / 1e12
-        row["of_matmul"] = flops / row["seconds"] / ceiling
-        row["samples"] = samples
+    for row in rows:
+        if row["peer"] in samples:
+            row["samples"] = samples[row["peer"]]
+            row["seconds"] = statistics.median(row["samples"])
+            row["tflops"] = flops / row["seconds"] / 1e12
+            row["of_matmul"] = flops / row["seconds"] / ceiling
     return rows
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
-    start_s = time.perf_counter()
-    call()
-    return time.perf_counter() - start_s
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:

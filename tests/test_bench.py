@@ -1,0 +1,112 @@
+"""The benchmark suite itself: timing in turns, comparing two runs, and the suites' rows."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from optinfer import bench, results
+from optinfer.bench import quantized_matmul, random_model
+from optinfer.bench.compare import compare
+from optinfer.bench.report import plot, show
+from optinfer.bench.timing import ROTATED_BYTES, copies_past_the_cache, in_turns, one_after_another
+from optinfer.cli import main
+from optinfer.results import Recorded
+
+CPU = torch.device("cpu")
+
+
+def recorded(rows, suite="quantized_matmul", device="a machine") -> Recorded:
+    return Recorded(suite, device, {"date": "2026-01-01T00:00:00", "versions": {}}, rows)
+
+
+def row(peer, center, noise=0.01, **fields):
+    samples = [center * random.uniform(1 - noise, 1 + noise) for _ in range(21)]
+    return {"peer": peer, "seconds": sorted(samples)[10], "samples": samples, "read_bytes": 7, **fields}
+
+
+def test_peers_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = in_turns(calls, CPU, repeats=4, warmup=1)
+    assert order == list("abc") * 5
+    assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_buffers_outgrow_the_cache():
+    for nbytes in (1, 1000, ROTATED_BYTES - 1, ROTATED_BYTES, 10 * ROTATED_BYTES):
+        assert copies_past_the_cache(nbytes) * nbytes >= ROTATED_BYTES
+    assert copies_past_the_cache(ROTATED_BYTES) == 1
+
+
+def test_one_after_another_runs_all():
+    seen = []
+    one_after_another([lambda i=i: seen.append(i) for i in range(3)], CPU)()
+    assert seen == [0, 1, 2]
+
+
+def test_compare_tells_change_from_noise():
+    before = [row("a", 1.0), row("b", 1.0), row("c", 1.0), row("d", 1.0, noise=0.5), row("e", 1.0)]
+    after = [row("a", 1.5), row("b", 0.7), row("c", 1.01), row("d", 1.1, noise=0.5), row("f", 1.0)]
+    verdicts = {r["peer"]: r["verdict"] for r in compare(recorded(before), recorded(after))}
+    assert verdicts == {"a": "slower", "b": "faster", "c": "same", "d": "same", "e": "gone", "f": "new"}
+
+
+def test_compare_matches_cases_not_results():
+    """Sizes are part of what was measured; bytes, errors and samples are results."""
+    before = [row("a", 1.0, tokens=1), row("a", 2.0, tokens=8)]
+    after = [{**row("a", 2.0, tokens=8), "read_bytes": 9, "error": 0.1}, row("a", 1.0, tokens=1)]
+    found = compare(recorded(before), recorded(after))
+    assert [r["tokens"] for r in found] == [1, 8] and {r["verdict"] for r in found} == {"same"}
+    with pytest.raises(ValueError, match="cannot compare suite"):
+        compare(recorded(before), recorded(after, suite="attention"))
+
+
+def test_compare_on_the_command_line(tmp_path, capsys):
+    paths = [results.save("attention", [row("a", center)], tmp_path / str(center)) for center in (1.0, 2.0)]
+    assert main(["bench", "compare", *map(str, paths)]) == 0
+    printed = capsys.readouterr().out
+    assert "slower" in printed and "1 slower" in printed
+    assert main(["bench", "compare", str(paths[0])]) == 1
+    assert main(["bench", "attention", "extra.json"]) == 1
+    assert main(["bench", "no such suite"]) == 1
+
+
+def test_quantized_matmul_suite(tmp_path):
+    rows = bench.run("quantized_matmul", quick=True)
+    peers = {r["peer"] for r in rows if r.get("seconds")}
+    assert {"copy", "torch bf16", "optinfer nf4", "optinfer int4", "optinfer int8"} <= peers
+    for r in rows:
+        assert r.get("skipped") or r["seconds"] > 0
+        if r["peer"].startswith("optinfer") and "tokens" in r:
+            assert r["error"] < 0.01
+    path = results.save("quantized_matmul", rows, tmp_path)
+    assert results.read(path).rows == json.loads(json.dumps(rows))
+    plot(rows, tmp_path / "plot.svg")
+    assert "torch bf16" in (tmp_path / "plot.svg").read_text() and "torch bf16" in repr(show(rows))
+
+
+def test_a_wrong_peer_is_not_timed():
+    """The check before timing sees one wrong weight in a thousand."""
+    weight = torch.randn(32, 64).bfloat16()
+    wrong = weight.clone()
+    wrong[3, 5] += 10
+    prepared = quantized_matmul.Prepared(lambda x: x @ wrong.T, 1, weight)
+    with pytest.raises(AssertionError, match="some peer is off"):
+        quantized_matmul.check("some peer", prepared, weight, torch.randn(4, 64).bfloat16())
+
+
+@pytest.mark.parametrize("variant", random_model.VARIANTS)
+def test_random_models_weigh_what_they_should(variant):
+    model = random_model.random_model("small", variant, CPU)
+    figures = random_model.measure(model, CPU, repeats=2)
+    assert figures["weight_bytes"] == sum(p.nbytes for p in model.parameters())
+    assert figures["seconds"] > 0
+    if variant != "bf16":
+        full = random_model.random_model("small", "bf16", CPU)
+        linear = sum(
+            m.weight.nbytes for n, m in full.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+        )
+        other = sum(p.nbytes for p in full.parameters()) - linear
+        assert figures["weight_bytes"] < other + linear * 0.3
