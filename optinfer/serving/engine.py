@@ -24,7 +24,7 @@ from optinfer.serving.request import (
     SamplingParams,
     Sequence,
 )
-from optinfer.serving.sampler import sample
+from optinfer.serving.sampler import greedy, sample
 from optinfer.serving.scheduler import Schedule, ScheduledChunk, Scheduler
 from optinfer.serving.speculation import Speculator, make_drafts
 
@@ -203,11 +203,11 @@ class Engine:
         try:
             schedule = self.scheduler.schedule(self.speculator.propose if self.speculator else None)
             logits = self._run(schedule)
-            greedy = logits.argmax(-1).tolist()
+            likeliest = greedy(logits)
         except BaseException:
             self._recover()
             raise
-        self._postprocess(schedule, logits, greedy, start)
+        self._postprocess(schedule, logits, likeliest, start)
 
     def _run(self, schedule: Schedule) -> Tensor:
         chunks = []
@@ -216,7 +216,7 @@ class Engine:
             chunks.append(Chunk(tokens, c.start, self.manager.block_table(c.sequence.seq_id)))
         return self.runner.run(chunks, [c.num_logits for c in schedule.chunks], schedule.copies)
 
-    def _postprocess(self, schedule: Schedule, logits: Tensor, greedy: list[int], start: float) -> None:
+    def _postprocess(self, schedule: Schedule, logits: Tensor, likeliest: list[int], start: float) -> None:
         now = self.clock()
         for sequence in schedule.preempted:
             self.stats.preemptions += 1
@@ -227,7 +227,7 @@ class Engine:
         for chunk in schedule.chunks:
             rows = slice(row, row + chunk.num_logits)
             row = rows.stop
-            lines.append(self._apply(chunk, logits[rows], greedy[rows], start, now, finished))
+            lines.append(self._apply(chunk, logits[rows], likeliest[rows], start, now, finished))
 
         stats, manager = self.stats, self.manager
         used = manager.num_blocks - manager.num_free_blocks
@@ -244,7 +244,7 @@ class Engine:
             )
 
     def _apply(
-        self, chunk: ScheduledChunk, logits: Tensor, greedy: list[int], start: float, now: float, finished: list
+        self, chunk: ScheduledChunk, logits: Tensor, likeliest: list[int], start: float, now: float, finished: list
     ) -> dict[str, Any]:
         """Give a computed chunk's result to its sequence; returns the chunk's line of the log."""
         sequence, samples = chunk.sequence, chunk.samples
@@ -256,7 +256,7 @@ class Engine:
 
         kept, accepted = [], 0
         if samples:
-            chosen = self._choose(sequence, logits, greedy)
+            chosen = self._choose(sequence, logits, likeliest)
             while accepted < len(chunk.drafts) and chunk.drafts[accepted] == chosen[accepted]:
                 accepted += 1
             kept = self._until_end(sequence, chosen[: accepted + 1])
@@ -279,11 +279,11 @@ class Engine:
             "emitted": len(kept),
         }
 
-    def _choose(self, sequence: Sequence, logits: Tensor, greedy: list[int]) -> list[int]:
+    def _choose(self, sequence: Sequence, logits: Tensor, likeliest: list[int]) -> list[int]:
         """The token after each of the chunk's last positions, as if each draft before it were right."""
         params = sequence.request.params
         if params.temperature == 0:
-            return greedy
+            return likeliest
         first = len(sequence.token_ids) - sequence.num_prompt_tokens
         return sample(logits, params, [sequence.uniform(first + i) for i in range(logits.shape[0])])
 

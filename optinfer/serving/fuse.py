@@ -65,3 +65,12 @@ def _fuse(layers: list[Any]) -> None:
             layer.bias.data = bias[row:end]
         layer.forward = functools.partial(shared, part=part)
         row = end
+
+
+def merged_weight(layers: list[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the wide product behind a fused group; None if these layers are not one group."""
+    shared = [getattr(vars(layer).get("forward"), "func", None) for layer in layers]
+    first = shared[0]
+    if isinstance(first, _SharedProduct) and all(s is first for s in shared) and len(layers) == len(first.widths):
+        return first.weight, first.bias
+    return None

@@ -153,27 +153,25 @@ class PagedBatch:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """q [1, heads, T, D], k and v [1, kv_heads, T, D] of the packed tokens -> [1, T, heads, D]."""
+        """q [T, heads, D], k and v [T, kv_heads, D] of the packed tokens -> [T, heads, D]."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         head_dim = k.shape[-1]
-        k_rows, v_rows = k[0].transpose(0, 1), v[0].transpose(0, 1)  # [T, kv_heads, D]
-        keys.view(-1, head_dim).index_copy_(0, self.write_rows, k_rows.reshape(-1, head_dim))
-        values.view(-1, head_dim).index_copy_(0, self.write_rows, v_rows.reshape(-1, head_dim))
-        q_rows = q[0].transpose(0, 1)  # [T, heads, D]
-        out = torch.empty(q_rows.shape, dtype=q.dtype, device=q.device)
+        keys.view(-1, head_dim).index_copy_(0, self.write_rows, k.reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, self.write_rows, v.reshape(-1, head_dim))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in self.groups:
             span = slice(group.first, group.last)
             n = len(group.starts)
-            q_group = q_rows[span].unflatten(0, (n, -1)).transpose(1, 2)  # [n, heads, queries, D]
+            q_group = q[span].unflatten(0, (n, -1)).transpose(1, 2)  # [n, heads, queries, D]
             if group.gather_rows is None:
-                k_group = k_rows[span].unflatten(0, (n, -1)).transpose(1, 2)
-                v_group = v_rows[span].unflatten(0, (n, -1)).transpose(1, 2)
+                k_group = k[span].unflatten(0, (n, -1)).transpose(1, 2)
+                v_group = v[span].unflatten(0, (n, -1)).transpose(1, 2)
             else:
                 k_group = self._gather("keys", layer, group, n)
                 v_group = self._gather("values", layer, group, n)
             result = _attention(group, q_group, k_group, v_group, scale, window, softcap)
             out[span].unflatten(0, (n, -1)).copy_(result.transpose(1, 2))
-        return out[None]
+        return out
 
     def _gather(self, name: str, layer: int, group: _Group, n: int) -> Tensor:
         """The pages of `n` sequences as [n, kv_heads, kv_len, D]."""
@@ -243,7 +241,8 @@ def _attention_forward(
     if paged is None:
         raise ValueError(f"attention {IMPLEMENTATION!r} works only inside an engine's step")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return paged.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, D] -> [T, heads, D]
+    return paged.attend(module.layer_idx, q, k, v, scale, sliding_window, softcap)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_forward)

@@ -28,3 +28,8 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: list[float]) -> lis
     cumulative = filter_logits(logits, params).softmax(-1).cumsum(-1)
     points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+
+
+def greedy(logits: Tensor) -> list[int]:
+    """The likeliest token of each row. (`max`, not `argmax`: on a CPU in bf16 that is four times as fast.)"""
+    return logits.max(dim=-1).indices.tolist()
