@@ -1,5 +1,6 @@
 """The course in Colab's exact versions: wheel installed as a notebook's first cell does, notebooks run in an empty folder."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ def python313() -> str | None:
     return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path | float, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
@@ -63,3 +64,15 @@ def test_notebook(colab: Path, path: Path, tmp_path: Path) -> None:
     where = run(colab, "-c", "import optinfer; print(optinfer.__file__)", cwd=tmp_path)
     assert "site-packages" in where
     run(colab, "-m", "optinfer.course.execute", path.name, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("folder", "fraction"), [("solutions", 1.0), ("exercises", 0.0)])
+def test_exercise_notebooks_score(colab: Path, folder: str, fraction: float, tmp_path: Path) -> None:
+    """Solved: all points. Unsolved: none, and not a single cell raises."""
+    paths = sorted((ROOT / "notebooks" / folder).glob("*.ipynb"))
+    program = "import sys; from optinfer.cli import main; sys.exit(main())"
+    grades = json.loads(run(colab, "-c", program, "grade", *paths, "--json", "--min", fraction, cwd=tmp_path))
+    assert len(grades) == len(paths)
+    assert {Path(g["notebook"]).stem: (g["fraction"], g["problems"]) for g in grades} == {
+        path.stem: (fraction, []) for path in paths
+    }
