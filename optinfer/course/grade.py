@@ -1,6 +1,6 @@
 """Grade notebooks: run each in a fresh kernel, ask that kernel for the answers, count the points.
 
-`optinfer grade NOTEBOOK… [--json] [--junit FILE] [--min 0.8]`
+`optinfer grade NOTEBOOK… [--json] [--junit FILE] [--min 0.8] [--assignment NOTEBOOK]`
 
 What the notebook shows is not believed: after its cells have run, the kernel is asked to check every exercise again.
 A cell that raises is passed over, one that hangs is interrupted, one that kills the kernel is left out of a second run.
@@ -9,6 +9,7 @@ A cell that raises is passed over, one that hangs is interrupted, one that kills
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,26 +25,35 @@ from optinfer.course.card import Table
 
 _CHECK = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
 _MARK = "optinfer-grade:"
-_RESTARTS = 3
+_RESTARTS = 6
+_SECONDS_FOR_A_CHECK = 180
 
 # Runs in the notebook's kernel after its cells. It takes the function by its name in the stub, or else what was last checked.
+# The course's modules are loaded anew: whatever a cell did to them is gone.
 _ASK = """\
-def _optinfer_grade(ids):
-    import json, os
+def _optinfer_grade(id):
+    import json, os, sys
     os.environ.pop("NBGRADER_EXECUTION", None)
-    from optinfer.course import checks, exercises
-    for id in ids:
-        try:
-            exercise = exercises.get(id)
-            answer = globals().get(exercise.name, checks._submitted.get(id))
-            result = checks.evaluate(exercise, answer) if answer is not None else None
-            print({mark!r} + json.dumps(dict(
-                id=id, points=exercise.points, score=result.score if result else 0, passed=bool(result),
-                attempted=bool(result and result.attempted),
-                message=result.message if result else "no function " + exercise.name + " in the notebook")))
-        except exercises.UnknownExercise as error:
-            print({mark!r} + json.dumps(dict(id=id, points=0, score=0, passed=False, attempted=False, message=str(error))))
-_optinfer_grade({ids!r})
+    submitted = getattr(sys.modules.get("optinfer.course.checks"), "_submitted", {{}})
+    if not hasattr(_optinfer_grade, "checks"):
+        for name in [name for name in sys.modules if name.startswith("optinfer.course")]:
+            del sys.modules[name]
+        from optinfer.course import checks, exercises
+        _optinfer_grade.checks, _optinfer_grade.exercises = checks, exercises
+        _optinfer_grade.submitted = submitted
+    exercises, found = _optinfer_grade.exercises, dict(id=id, points=0, score=0, passed=False, attempted=False)
+    try:
+        exercise = exercises.get(id)
+    except exercises.UnknownExercise as error:
+        found.update(message=str(error))
+    else:
+        found.update(points=exercise.points, message="no function " + exercise.name + " in the notebook")
+        answer = globals().get(exercise.name, _optinfer_grade.submitted.get(id))
+        if answer is not None:
+            result = _optinfer_grade.checks.evaluate(exercise, answer)
+            found.update(
+                score=result.score, passed=result.passed, attempted=result.attempted, message=result.message)
+    print({mark!r} + json.dumps(found))
 """
 
 
@@ -91,6 +101,7 @@ def grade(
     timeout: float = 900,
     memory: float = 8.0,
     folder: str | Path | None = None,
+    assignment: str | Path | None = None,
 ) -> Grade:
     """Grade one notebook; the file is not touched, and nothing that it does raises here.
 
@@ -100,30 +111,52 @@ def grade(
         timeout: seconds for the whole notebook; then its remaining cells are not run.
         memory: gigabytes that the kernel may use; then it is stopped.
         folder: working directory of the kernel; default an empty temporary one.
+        assignment: the notebook that was handed out: its exercises count, whatever was deleted from this one.
+
+    Raises:
+        ValueError: `assignment` is no notebook with exercises.
     """
+    wanted = _exercises_wanted(assignment) if assignment is not None else []
     start = time.perf_counter()
     result = Grade(str(path))
     try:
         import nbformat
 
         notebook = nbformat.read(Path(path), as_version=4)
-        ids = exercises_of(notebook)
+        ids = list(dict.fromkeys([*wanted, *exercises_of(notebook)]))
     except Exception as error:  # nbformat raises many kinds for files that are no notebooks
         result.problems.append(f"not a notebook: {_first_line(error)}")
+        _fill_in(result, wanted)
         return result
     if not ids:
         result.problems.append('no exercise in it: no cell calls check("…", …)')
         return result
     with tempfile.TemporaryDirectory() as empty:
         skipped: set[int] = set()
+        asked = list(ids)
         for _ in range(_RESTARTS):
-            fatal = _run(notebook, ids, skipped, result, cell_timeout, start + timeout, memory, str(folder or empty))
+            fatal = _run(notebook, asked, skipped, result, cell_timeout, start + timeout, memory, str(folder or empty))
             if fatal is None:
                 break
-            skipped.add(fatal)
+            if isinstance(fatal, str):
+                asked.remove(fatal)
+            else:
+                skipped.add(fatal)
     _fill_in(result, ids)
     result.seconds = round(time.perf_counter() - start, 2)
     return result
+
+
+def _exercises_wanted(assignment: str | Path) -> list[str]:
+    import nbformat
+
+    try:
+        ids = exercises_of(nbformat.read(Path(assignment), as_version=4))
+    except Exception as error:  # as above
+        raise ValueError(f"assignment {str(assignment)!r} is not a notebook: {_first_line(error)}") from error
+    if not ids:
+        raise ValueError(f"assignment {str(assignment)!r} holds no exercises")
+    return ids
 
 
 def exercises_of(notebook: Any) -> list[str]:
@@ -146,15 +179,15 @@ def _run(
     deadline: float,
     memory: float,
     folder: str,
-) -> int | None:
-    """Run the cells, then ask for the scores. Returns the index of a cell that killed the kernel, or None."""
+) -> int | str | None:
+    """Run the cells, then ask for the scores. Returns the cell, or the exercise, that killed the kernel, or None."""
     import copy
 
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook = copy.deepcopy(notebook)
+    notebook, cells = copy.deepcopy(notebook), len(notebook.cells)
     client = NotebookClient(
         notebook,
         timeout=cell_timeout,
@@ -166,8 +199,8 @@ def _run(
     client.resources["metadata"] = {"path": folder}
     # A grade is no progress of the person who grades, and nbgrader's way of failing is not wanted here.
     environment = {**_environment(), "OPTINFER_PROGRESS": str(Path(folder) / "progress.json"), "MPLBACKEND": "agg"}
-    index = -1
-    with client.setup_kernel(env=environment), _memory_limit(client, memory) as exceeded:
+    index, result.scores = -1, []
+    with client.setup_kernel(env=environment, stderr=subprocess.DEVNULL), _memory_limit(client, memory) as exceeded:
         try:
             for index, cell in enumerate(notebook.cells):
                 if cell.cell_type != "code" or index in skipped:
@@ -184,19 +217,22 @@ def _run(
                 problem = next((o for o in cell.outputs if o.output_type == "error"), None)
                 if problem is not None and problem.ename != "KeyboardInterrupt":
                     result.problems.append(f"cell {index + 1} raised {problem.ename}: {_first_line(problem.evalue)}")
-            client.timeout = max(60, 20 * len(ids))
-            ask = nbformat.v4.new_code_cell(_ASK.format(mark=_MARK, ids=ids))
-            notebook.cells.append(ask)
-            index = len(notebook.cells) - 1
-            client.execute_cell(ask, index)
-            result.scores = _read_scores(ask)
+            client.timeout = _SECONDS_FOR_A_CHECK
+            for code in (_ASK.format(mark=_MARK), *(f"_optinfer_grade({id!r})" for id in ids)):
+                notebook.cells.append(nbformat.v4.new_code_cell(code))
+                index = len(notebook.cells) - 1
+                client.execute_cell(notebook.cells[-1], index)
+                result.scores += _read_scores(notebook.cells[-1])
         except DeadKernelError:
             why = f"used more than {memory:g} GB" if exceeded else "killed the kernel"
+            if index >= cells:
+                result.problems.append(f"the check of {ids[index - cells - 1]} {why}")
+                return ids[index - cells - 1]
             result.problems.append(f"cell {index + 1} {why}")
             return index
         except (CellTimeoutError, CellExecutionError) as error:
             result.problems.append(f"cell {index + 1}: {_first_line(error)}")
-            return index if index < len(notebook.cells) - 1 else None
+            return index if index < cells else None
     return None
 
 
@@ -270,11 +306,12 @@ def report(grades: list[Grade], minimum: float) -> str:
     rows, details = [], []
     for found in grades:
         for score in found.scores:
-            state = "solved" if score.passed else ("wrong" if score.attempted else "not started")
+            state = "solved" if score.passed else ("wrong" if score.attempted else "not done")
             rows.append((Path(found.notebook).name, score.id, state, f"{score.score}/{score.points}"))
             if score.attempted and not score.passed:
-                details.append(score.message)
-        details += [f"{found.notebook}: {problem}" for problem in found.problems]
+                details.append(f"\n{found.notebook}\n{score.message}")
+        if found.problems:
+            details.append("\n".join([f"\n{found.notebook}", *found.problems]))
         verdict = "" if found.fraction >= minimum and found.points else f"  (below {minimum:.0%})"
         rows.append(
             (Path(found.notebook).name, "", "", f"{found.score}/{found.points} = {found.fraction:.0%}{verdict}")
@@ -315,6 +352,9 @@ def _printable(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``optinfer grade``."""
     parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
+    parser.add_argument(
+        "--assignment", metavar="NOTEBOOK", help="the notebook handed out: its exercises count, whatever was deleted"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--junit", metavar="FILE", help="also write JUnit XML")
     parser.add_argument(
@@ -339,7 +379,7 @@ def grade_command(args: argparse.Namespace) -> int:
     grades = []
     for path in args.notebooks:
         print(f"{path} …", file=sys.stderr)
-        grades.append(grade(path, args.cell_timeout, args.timeout, args.memory))
+        grades.append(grade(path, args.cell_timeout, args.timeout, args.memory, assignment=args.assignment))
     if args.junit:
         _write(Path(args.junit), junit(grades))
     print(json.dumps([found.as_dict() for found in grades], indent=1) if args.json else report(grades, args.min))

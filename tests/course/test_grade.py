@@ -96,3 +96,54 @@ def test_limits_must_make_sense(tmp_path):
         run(tmp_path / "a.ipynb", "--min", "2")
     with pytest.raises(ValueError, match="--memory"):
         run(tmp_path / "a.ipynb", "--memory", "0")
+
+
+WRONG = "def allocate(free, n, size): return [], free"
+
+
+def test_a_wrong_answer_is_reported_with_its_message(tmp_path, capsys):
+    path = notebook(tmp_path / "a.ipynb", WRONG, 'check("kv_cache.allocate", allocate)')
+    assert run(path) == 1
+    text = capsys.readouterr().out
+    assert "wrong" in text and str(path) in text and "Input: 20 tokens in blocks of 16" in text
+
+
+def test_tampering_with_the_course_changes_nothing(tmp_path):
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "import optinfer.course.checks as checks, optinfer.course.exercises as exercises\n"
+        "class Fine: passed, attempted, score, message = True, True, 9, ''\n"
+        "checks.evaluate = lambda *a: Fine()\nexercises.get('kv_cache.allocate').__dict__['cases'] = lambda draw: []",
+        WRONG,
+        'check("kv_cache.allocate", allocate)',
+    )
+    (score,) = grade.grade(path).scores
+    assert score.attempted and not score.passed and score.points == 2
+
+
+def test_an_answer_that_kills_the_kernel_costs_only_its_own_points(tmp_path):
+    deadly = "def pack_nibbles(codes):\n    import os\n    os._exit(1)"
+    path = notebook(
+        tmp_path / "a.ipynb",
+        deadly,
+        "def weight_bytes(parameters, bits, group=0, scale=16):\n"
+        "    return parameters * (bits + (scale / group if group else 0)) / 8",
+    )
+    found = grade.grade(path, assignment=notebook(tmp_path / "given.ipynb", CHECK, 'check("basics.weight_bytes", f)'))
+    assert [(s.id, s.passed) for s in found.scores] == [
+        ("quantization.pack_nibbles", False),
+        ("basics.weight_bytes", True),
+    ]
+    assert any("the check of quantization.pack_nibbles killed the kernel" in p for p in found.problems)
+
+
+def test_the_assignment_counts_what_was_deleted(tmp_path):
+    given = notebook(tmp_path / "given.ipynb", CHECK, 'check("kv_cache.allocate", allocate)')
+    handed_in = notebook(tmp_path / "mine.ipynb", RIGHT, CHECK)
+    assert grade.grade(handed_in).fraction == 1
+    found = grade.grade(handed_in, assignment=given)
+    assert (found.score, found.points) == (1, 3)
+    (tmp_path / "broken.ipynb").write_text("{")
+    assert grade.grade(tmp_path / "broken.ipynb", assignment=given).points == 3
+    with pytest.raises(ValueError, match="assignment"):
+        grade.grade(handed_in, assignment=tmp_path / "broken.ipynb")

@@ -115,3 +115,58 @@ def test_under_nbgrader_a_failed_check_raises(monkeypatch):
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
     with pytest.raises(AssertionError, match=r"quantization\.absmax"):
         optinfer.check("quantization.absmax", lambda x: x)
+
+
+def test_form_is_reported_before_value():
+    from optinfer.course.compare import difference
+
+    expected = (torch.tensor([1, 2]), torch.tensor([1.0, 2.0]))
+    got = (torch.tensor([1, 3]), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    assert difference(expected, got, 0, 0).kind == "dtype"
+    assert difference(expected, got, 0, 0, dtypes=False).kind == "value"
+    assert difference({"free": [1]}, {"free": [1, 2]}, 0, 0).text.startswith("`free` has 2 items")
+
+
+def test_a_right_result_by_way_of_a_changed_input_is_no_misconception():
+    def in_place(running, needed, free_blocks):
+        gone = []
+        while free_blocks < needed and len(running) > 1:
+            name, held = running.pop()
+            gone.append(name)
+            free_blocks += held
+        return gone
+
+    result = checks.evaluate(exercises.get("serving.preempt"), in_place)
+    assert not result and result.misconception is None and "work on a copy" in result.message
+
+
+def test_one_of_several_mistakes_is_recognized():
+    def range_and_dtype(x):  # neither widened to hold 0, nor clamped, and the zero point is a float
+        low, high = x.min(), x.max()
+        scale = (high - low) / 255
+        zero = (-low / scale).round()
+        return ((x / scale).round() + zero).to(torch.uint8), scale, zero
+
+    result = checks.evaluate(exercises.get("quantization.zero_point"), range_and_dtype)
+    assert result.misconception == "a range that does not hold zero"
+    assert "common mistake" in result.message and "far from zero" in result.message
+
+
+def test_an_error_names_the_readers_line():
+    result = checks.evaluate(exercises.get("speculative.expected_tokens"), lambda alpha, gamma: 1 / (gamma - gamma))
+    assert "ZeroDivisionError" in result.message and "1 / (gamma - gamma)" in result.message
+
+
+def test_the_real_model_waits_for_the_small_inputs(monkeypatch):
+    from optinfer.course.exercises import real_model
+
+    monkeypatch.setattr(real_model, "default_model", lambda *a: pytest.fail("the model was loaded"))
+    exercise = exercises.get("attention.in_the_model")
+    result = checks.evaluate(exercise, lambda q, k, v, scale: torch.zeros_like(q))
+    assert not result and "comes after the small inputs" in result.message
+
+
+def test_forbidden_functions_are_named_in_the_task():
+    for exercise in exercises.every():
+        for name in exercise.forbidden:
+            assert f"`{name}`" in exercise.task.removeprefix(exercise.spec)

@@ -27,7 +27,7 @@ def _expected_tokens_reference(alpha: float, gamma: int) -> float:
 
 
 def _expected_tokens_cases(draw: Draw) -> Iterator[Case]:
-    yield case("alpha 0.8, five drafted", 0.8, 5)
+    yield case("alpha 0.8, four drafted", 0.8, 4)
     yield case("a perfect draft", 1.0, 4)
     yield case("a useless draft", 0.0, 7)
     yield case("nothing drafted", 0.5, 0)
