@@ -1,24 +1,33 @@
-"""Serving: a trace of ragged requests through our engine, transformers' `generate` and its continuous batching.
+"""Serving: a trace of ragged requests through our engine, transformers' `generate`, its continuous batching, and vLLM.
 
 All peers serve the same trace in the same run, taking turns, so that a busy moment of the machine hits all of them.
 Throughput runs have every request waiting at the start; latency runs have Poisson arrivals.
 """
 
+import contextlib
+import copy
+import functools
+import json
+import os
 import random
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-from optinfer import data
+from optinfer import data, models
 from optinfer.serving import Completion, Engine, SamplingParams
 
 SYSTEM_PROMPT = (
     "You are a patient teacher of computer science. Answer briefly, with one example, and say what you are unsure of."
 )
+_NUM_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,23 @@ class TraceRequest:
     token_ids: list[int]
     max_tokens: int
     arrival: float = 0.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a peer made of a request: tokens, seconds to the first one, and mean seconds between the others."""
+
+    token_ids: list[int]
+    ttft: float | None = None
+    tpot: float | None = None
+
+
+def served(completions: list[Completion]) -> list[Served]:
+    return [Served(c.token_ids, c.metrics.time_to_first_token, c.metrics.time_per_output_token) for c in completions]
+
+
+def _between(seconds: float, token_ids: list[int]) -> float | None:
+    return seconds / (len(token_ids) - 1) if len(token_ids) > 1 else None
 
 
 def make_trace(
@@ -114,47 +140,111 @@ def run_continuous(model: Any, trace: list[TraceRequest]) -> list[list[int]]:
     return [results[str(i)] for i in range(len(trace))]
 
 
+class VLLM:
+    """vLLM in its own environment and process, which waits while others are measured. Use in a `with` statement.
+
+    Args:
+        python: of that environment; `scripts/vllm_environment.sh` makes it and prints the path.
+        options: arguments of `vllm.LLM`.
+
+    Raises RuntimeError if it does not start or breaks off; the end of its log is in the message.
+    """
+
+    def __init__(self, python: str, model: str, **options: Any):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
+        command = [python, str(Path(__file__).with_name("vllm_worker.py")), model, json.dumps(options)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self.version = self._answer()["version"]
+
+    def __enter__(self) -> "VLLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def serve(self, trace: list[TraceRequest]) -> list[Served]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([asdict(request) for request in trace]) + "\n")
+        self._process.stdin.flush()
+        results = self._answer()["results"]
+        return [Served(r["token_ids"], r["ttft"], _between(r["finished"] - r["ttft"], r["token_ids"])) for r in results]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"vLLM broke off:\n{self._log.read()[-3000:]}")
+        return json.loads(line)
+
+
 # ---- the suite
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Throughput of all peers at 16 and 64 requests (quick: 8), then the engine's latency under Poisson arrivals."""
+    """Throughput at 16 and 64 requests (quick: 8), latency under Poisson arrivals, and the cost ladder.
+
+    vLLM takes part where the environment variable `OPTINFER_VLLM_PYTHON` names the python of its environment.
+    """
     import optinfer
 
     model, tokenizer = optinfer.load_model()
-    rows = []
-    for num_requests in (8,) if quick else (16, 64):
-        trace = make_trace(tokenizer, num_requests, longest=24 if quick else 96)
-        rows += throughput(model, trace, rounds=1 if quick else 3)
-    rows.append(latency(model, make_trace(tokenizer, 8 if quick else 48, rate=2.0, longest=24 if quick else 96)))
-    return rows
+    longest = 24 if quick else 96
+    trace_of = functools.partial(make_trace, tokenizer, longest=longest)
+    with contextlib.ExitStack() as stack:
+        vllm = None
+        if python := os.environ.get("OPTINFER_VLLM_PYTHON"):
+            options = json.loads(os.environ.get("OPTINFER_VLLM_OPTIONS", "{}"))
+            vllm = stack.enter_context(VLLM(python, str(models.default_model_path()), **options))
+        rows = []
+        for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
+            rows += throughput(model, trace_of(num_requests), rounds, vllm)
+        rows += latency(model, trace_of(8 if quick else 32, rate=2.0), vllm)
+    quantized = optinfer.quantize(copy.deepcopy(model), "int8", progress=False)
+    return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96)
 
 
-def throughput(model: Any, trace: list[TraceRequest], rounds: int = 3) -> list[dict[str, Any]]:
-    """Serve the trace with every peer in turn, `rounds` times; the order rotates.
+def throughput(
+    model: Any, trace: list[TraceRequest], rounds: int = 3, vllm: VLLM | None = None
+) -> list[dict[str, Any]]:
+    """Serve the trace with every peer in turn, after a warm-up, `rounds` times; the order rotates.
 
     Raises RuntimeError if a peer leaves out tokens.
     """
+    engines: dict[str, Engine] = {}
 
-    def fresh_engine(**options: Any) -> Callable[[], list[list[int]]]:
-        return lambda: [c.token_ids for c in run_engine(Engine(model, num_blocks=1024, fuse=False, **options), trace)]
+    def fresh_engine(name: str, **options: Any) -> list[Served]:
+        engines[name] = Engine(model, num_blocks=_NUM_BLOCKS, **options)
+        return served(run_engine(engines[name], trace))
 
-    peers: dict[str, Callable[[], list[list[int]]]] = {
-        "optinfer": fresh_engine(),
-        "optinfer, prompt lookup": fresh_engine(draft="prompt_lookup"),
-        "transformers generate": lambda: run_static(model, trace),
-        "transformers generate_batch": lambda: run_continuous(model, trace),
+    peers: dict[str, Callable[[], list[Served]]] = {
+        "optinfer": lambda: fresh_engine("optinfer"),
+        "optinfer, prompt lookup": lambda: fresh_engine("optinfer, prompt lookup", draft="prompt_lookup"),
+        "transformers generate": lambda: [Served(tokens) for tokens in run_static(model, trace)],
+        "transformers generate_batch": lambda: [Served(tokens) for tokens in run_continuous(model, trace)],
     }
+    warm_up = [TraceRequest(trace[0].token_ids, 2)] * 2
+    run_engine(Engine(model, num_blocks=64), warm_up)
+    run_static(model, warm_up)
+    if vllm is not None:
+        peers[f"vLLM {vllm.version}, CPU"] = lambda: vllm.serve(trace)
+        vllm.serve(warm_up)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
+    results: dict[str, list[Served]] = {}
     for turn in range(rounds):
         names = list(peers)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            result = peers[name]()
+            results[name] = peers[name]()
             seconds[name].append(time.perf_counter() - start)
-            if [len(tokens) for tokens in result] != [request.max_tokens for request in trace]:
+            if [len(done.token_ids) for done in results[name]] != [request.max_tokens for request in trace]:
                 raise RuntimeError(f"{name} did not generate what the trace asks for")
     num_tokens = sum(request.max_tokens for request in trace)
+    base = median(seconds["transformers generate_batch"])
     return [
         {
             "suite": "throughput",
@@ -164,38 +254,60 @@ def throughput(model: Any, trace: list[TraceRequest], rounds: int = 3) -> list[d
             "seconds": median(times),
             "samples": times,
             "tokens_per_second": num_tokens / median(times),
+            "against_generate_batch": base / median(times),
+            **_percentiles(results[name]),
+            **(_memory(engines[name]) if name in engines else {}),
         }
         for name, times in seconds.items()
     ]
 
 
-def latency(model: Any, trace: list[TraceRequest], **options: Any) -> dict[str, Any]:
-    """The engine under the trace's arrivals: time to first token and time per output token, in seconds."""
-    engine = Engine(model, num_blocks=1024, fuse=False, **options)
-    start = time.perf_counter()
-    done = run_engine(engine, trace)
-    seconds = time.perf_counter() - start
-    ttft = [c.metrics.time_to_first_token or 0.0 for c in done]
-    tpot = [c.metrics.time_per_output_token or 0.0 for c in done]
-    num_tokens = sum(len(c.token_ids) for c in done)
+def latency(model: Any, trace: list[TraceRequest], vllm: VLLM | None = None) -> list[dict[str, Any]]:
+    """The trace's arrivals in real time: time to first token and time per output token, in seconds."""
+    engine = Engine(model, num_blocks=_NUM_BLOCKS)
+    peers: dict[str, Callable[[], list[Served]]] = {"optinfer": lambda: served(run_engine(engine, trace))}
+    if vllm is not None:
+        peers[f"vLLM {vllm.version}, CPU"] = lambda: vllm.serve(trace)
+    rows = []
+    for name, serve in peers.items():
+        start = time.perf_counter()
+        done = serve()
+        seconds = time.perf_counter() - start
+        num_tokens = sum(len(d.token_ids) for d in done)
+        rows.append(
+            {
+                "suite": "latency",
+                "peer": name,
+                "requests": len(trace),
+                "output_tokens": num_tokens,
+                "seconds": seconds,
+                "tokens_per_second": num_tokens / seconds,
+                **_percentiles(done),
+                **(_memory(engine) if name == "optinfer" else {}),
+            }
+        )
+    return rows
+
+
+def _percentiles(done: list[Served]) -> dict[str, float]:
+    """Percentiles of the times that the peer tells (transformers tells none)."""
+    found = {}
+    for field in ("ttft", "tpot"):
+        values = [getattr(d, field) for d in done if getattr(d, field) is not None]
+        if len(values) > 1:
+            cuts = quantiles(values, n=100, method="inclusive")
+            found |= {f"{field}_p{p}": cuts[p - 1] for p in (50, 90, 99)}
+    return found
+
+
+def _memory(engine: Engine) -> dict[str, int]:
+    stats = engine.stats
     return {
-        "suite": "latency",
-        "peer": "optinfer",
-        "requests": len(trace),
-        "output_tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_second": num_tokens / seconds,
-        **{f"ttft_p{p}": _percentile(ttft, p) for p in (50, 90, 99)},
-        **{f"tpot_p{p}": _percentile(tpot, p) for p in (50, 90, 99)},
-        "cached_tokens": engine.stats.cached_tokens,
-        "peak_used_blocks": engine.stats.peak_used_blocks,
+        "cached_tokens": stats.cached_tokens,
+        "peak_used_blocks": stats.peak_used_blocks,
         "num_blocks": engine.manager.num_blocks,
-        "preemptions": engine.stats.preemptions,
+        "preemptions": stats.preemptions,
     }
-
-
-def _percentile(values: list[float], percent: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def ladder(model: Any, quantized: Any, trace: list[TraceRequest], num_blocks: int = 256) -> list[dict[str, Any]]:
@@ -218,7 +330,7 @@ def ladder(model: Any, quantized: Any, trace: list[TraceRequest], num_blocks: in
     rungs.append(("+ prompt lookup", quantized if quantized is not None else model, {"draft": "prompt_lookup"}))
     rows = []
     for name, which, options in rungs:
-        engine = Engine(which, num_blocks=num_blocks, max_batched_tokens=512, fuse=False, **options)
+        engine = Engine(which, num_blocks=num_blocks, max_batched_tokens=512, **options)
         start = time.perf_counter()
         done = run_engine(engine, trace)
         seconds = time.perf_counter() - start

@@ -88,7 +88,8 @@ class Engine:
 
     Args:
         model: a decoder from transformers, quantized or not. Its q/k/v and gate/up projections are merged in place
-            (same parameters, same results) unless `fuse=False`; otherwise it stays as it is.
+            (same parameters, same results); in bf16 on a CPU a repacked copy of the weights is kept instead, so it costs
+            their memory once more. `fuse=False`: neither.
         tokenizer: for prompts and results as text; None: token ids only.
         num_blocks: pages of the KV cache. Default: half a GiB of them.
         block_size: tokens per page.
@@ -98,6 +99,7 @@ class Engine:
         max_batched_tokens, max_num_seqs, policy, chunked_prefill: see `Scheduler`.
         prefix_caching: requests that begin alike share pages.
         max_model_len: longest prompt plus output; default: what the model's config allows.
+        fuse, cuda_graphs, compile: see `ModelRunner`.
         clock: seconds, for metrics and the log.
 
     Raises ValueError for a model or parameters it cannot work with.
@@ -120,6 +122,8 @@ class Engine:
         prefix_caching: bool = True,
         max_model_len: int | None = None,
         fuse: bool = True,
+        cuda_graphs: bool | None = None,
+        compile: bool = False,
         log: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -133,11 +137,12 @@ class Engine:
             num_blocks = _blocks_in(_DEFAULT_KV_BYTES, model, block_size)
         self._new_manager = functools.partial(BlockManager, num_blocks, block_size, prefix_caching, record_events=False)
         self.scheduler = Scheduler(self._new_manager(), max_batched_tokens, max_num_seqs, policy, chunked_prefill)
-        self.runner = ModelRunner(model, num_blocks, block_size, fuse)
+        self.runner = ModelRunner(model, num_blocks, block_size, fuse, cuda_graphs, compile, max_num_seqs)
         self.speculator = None
         if draft is not None:
             drafts = make_drafts(draft, model, num_blocks, block_size)
             self.speculator = Speculator(drafts, num_draft_tokens, adaptive_drafts, clock)
+            self.runner.keep_hidden = drafts.needs_hidden
 
         self.stats = EngineStats()
         self.log: list[StepRecord] = []
@@ -224,10 +229,13 @@ class Engine:
         lines: list[dict[str, Any]] = []
         finished: list[tuple[str, int]] = []
         row = 0
-        for chunk in schedule.chunks:
+        for i, chunk in enumerate(schedule.chunks):
             rows = slice(row, row + chunk.num_logits)
             row = rows.stop
             lines.append(self._apply(chunk, logits[rows], likeliest[rows], start, now, finished))
+            if self.speculator and self.runner.keep_hidden and chunk.sequence.metrics.finished is None:
+                final = lines[-1]["num_tokens"] + lines[-1]["accepted"]
+                self.speculator.observe_hidden(chunk.sequence, chunk.start, self.runner.hidden[i][:final])
 
         stats, manager = self.stats, self.manager
         used = manager.num_blocks - manager.num_free_blocks

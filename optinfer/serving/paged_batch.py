@@ -51,6 +51,8 @@ class KVPool:
         The result's memory is kept: fresh megabytes for every layer would cost more in page faults than the copy.
         """
         pool = getattr(self, name)[layer].view(self.num_blocks * self.kv_heads, -1)
+        if pool.device.type != "cpu":  # other devices have an allocator that keeps memory
+            return torch.index_select(pool, 0, rows)
         if self._gathered[name].numel() < rows.numel() * pool.shape[1]:
             self._gathered[name] = pool.new_empty(2 * rows.numel() * pool.shape[1])
         out = self._gathered[name][: rows.numel() * pool.shape[1]].view(-1, pool.shape[1])
@@ -100,10 +102,16 @@ class _Group:
 
 
 class PagedBatch:
-    """The packed tokens of a step and where their keys and values live. `chunks` keeps the caller's order;
-    `last_rows[i]` are the packed rows of the chunk's last `num_logits[i]` tokens, in the caller's order too."""
+    """The packed tokens of a step and where their keys and values live.
 
-    def __init__(self, chunks: list[Chunk], num_logits: list[int], pool: KVPool):
+    `logit_rows` are the packed rows of each chunk's last `num_logits[i]` tokens, and `spans[i]` all rows of chunk i as
+    (first, end), both in the caller's order.
+
+    Args:
+        pad_blocks: attend all chunks, which have equally many tokens, as one group over this many blocks each.
+    """
+
+    def __init__(self, chunks: list[Chunk], num_logits: list[int], pool: KVPool, pad_blocks: int | None = None):
         self.pool = pool
         device = pool.keys.device
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids), _num_blocks(chunks[i], pool)))
@@ -127,19 +135,38 @@ class PagedBatch:
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.from_numpy(positions).to(device)[None]
         self.write_rows = torch.from_numpy(rows.ravel()).to(device)  # [T * kv_heads] rows of the pool [..., head_dim]
-        self.groups = [self._group(packed[a:b], int(ends[a] - lengths[a])) for a, b in _split(packed, pool)]
-        last = {i: int(end) for i, end in zip(order, ends)}
-        logit_rows = [row for i, n in enumerate(num_logits) for row in range(last[i] - n, last[i])]
+        cuts = _split(packed, pool) if pad_blocks is None else [(0, len(packed))]
+        self.groups = [self._group(packed[a:b], int(ends[a] - lengths[a]), pad_blocks) for a, b in cuts]
+        self.spans = [(0, 0)] * len(chunks)
+        for i, length, end in zip(order, lengths.tolist(), ends.tolist()):
+            self.spans[i] = end - length, end
+        logit_rows = [row for (_, end), n in zip(self.spans, num_logits) for row in range(end - n, end)]
         self.logit_rows = torch.tensor(logit_rows, device=device, dtype=torch.long)
 
-    def _group(self, chunks: list[Chunk], first: int) -> _Group:
+    def load(self, other: "PagedBatch") -> None:
+        """Take over another batch's content into this one's tensors; both were padded to the same shapes."""
+        if other is self:
+            return
+        for name in ("input_ids", "position_ids", "write_rows", "logit_rows"):
+            getattr(self, name).copy_(getattr(other, name))
+        for mine, theirs in zip(self.groups, other.groups):
+            mine.starts.copy_(theirs.starts)
+            if mine.gather_rows is not None and theirs.gather_rows is not None:
+                mine.gather_rows.copy_(theirs.gather_rows)
+        self.forget_masks()
+
+    def forget_masks(self) -> None:
+        for group in self.groups:
+            group.masks.clear()
+
+    def _group(self, chunks: list[Chunk], first: int, pad_blocks: int | None) -> _Group:
         pool, device = self.pool, self.pool.keys.device
         num_queries = len(chunks[0].token_ids)
         starts = torch.tensor([chunk.start for chunk in chunks], device=device)
         last = first + num_queries * len(chunks)
         if num_queries > 1 and all(chunk.start == 0 for chunk in chunks):
             return _Group(first, last, num_queries, starts, num_queries, None)
-        num_blocks = max(_num_blocks(chunk, pool) for chunk in chunks)
+        num_blocks = pad_blocks or max(_num_blocks(chunk, pool) for chunk in chunks)
         tables = np.zeros((len(chunks), 1, num_blocks), dtype=np.int64)  # padding reads block 0, masked out
         for row, chunk in zip(tables, chunks):
             used = _num_blocks(chunk, pool)

@@ -7,6 +7,7 @@ draw from the rest), and the output is the same, token for token, as without spe
 
 import copy
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,31 +23,68 @@ GREEDY = Sampler(None, greedy=True)
 PRIOR = 0.5  # acceptance assumed of a sequence nothing is known about
 
 
+@dataclass
+class _Drafter:
+    """One sequence's drafters, asked in turn, and from which position on the target's hidden states are known."""
+
+    members: list[Draft]
+    first_hidden: int | None = None
+
+
 class SequenceDrafts:
-    """One drafter per sequence (prompt lookup, or any `Draft`), asked one after the other."""
+    """Drafters per sequence (prompt lookup, a trained head, a chain of several), asked one after the other.
+
+    A drafter that reads hidden states sees a sequence from the first token that this engine computed for it: after a hit
+    in the prefix cache that is not the first token of the prompt.
+    """
 
     def __init__(self, draft: Draft, target: Any):
         self.draft, self.target = draft, target
-        self._drafters: dict[Hashable, Draft] = {}
+        self.needs_hidden = draft.needs_hidden
+        for member in draft.members:
+            member.bind(target)  # what is made once per target is then shared by all copies
+        self._drafters: dict[Hashable, _Drafter] = {}
 
     def propose(self, sequences: list[Sequence], num_tokens: int) -> dict[Sequence, list[int]]:
         found = {}
         for sequence in sequences:
-            drafter = self._drafters.get(sequence.seq_id)
-            if drafter is None:
-                drafter = self._drafters[sequence.seq_id] = copy.copy(self.draft)
-                drafter.bind(self.target)
+            drafter = self._of(sequence)
             ids = torch.tensor([sequence.token_ids], device=self.target.device)
-            if tokens := drafter.propose(ids, num_tokens, GREEDY).tokens.tolist():
-                found[sequence] = tokens
+            for member in drafter.members:
+                if member.needs_hidden and drafter.first_hidden is None:
+                    continue
+                text = ids[:, drafter.first_hidden :] if member.needs_hidden else ids
+                most = min(num_tokens, member.max_tokens or num_tokens)
+                if tokens := member.propose(text, most, GREEDY).tokens.tolist():
+                    found[sequence] = tokens
+                    break
         return found
+
+    def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+        """The target's final hidden states [tokens, hidden_size] of the sequence's tokens from `start` on."""
+        drafter = self._of(sequence)
+        if drafter.first_hidden is None:
+            drafter.first_hidden = start
+        for member in drafter.members:
+            if member.needs_hidden:
+                member.observe(hidden[None])
 
     def forget(self, sequence: Sequence) -> None:
         self._drafters.pop(sequence.seq_id, None)
 
+    def _of(self, sequence: Sequence) -> _Drafter:
+        drafter = self._drafters.get(sequence.seq_id)
+        if drafter is None:
+            drafter = self._drafters[sequence.seq_id] = _Drafter([copy.copy(m) for m in self.draft.members])
+            for member in drafter.members:
+                member.bind(self.target)
+        return drafter
+
 
 class BatchedModelDrafts:
     """A draft model for the whole batch, with pages of its own: one pass per drafted token, whatever the batch."""
+
+    needs_hidden = False
 
     def __init__(self, model: Any, num_blocks: int, block_size: int):
         self.runner = ModelRunner(model, num_blocks, block_size)
@@ -169,6 +207,9 @@ class Speculator:
     def observe(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         sequence.acceptance += 0.2 * (accepted / drafted - sequence.acceptance)
 
+    def observe_hidden(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+        self.drafts.observe(sequence, start, hidden)
+
     def forget(self, sequence: Sequence) -> None:
         self.drafts.forget(sequence)
 
@@ -176,16 +217,12 @@ class Speculator:
 def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int) -> Any:
     """The batch's drafter for what a user passes as `draft`.
 
-    Raises ValueError: an unknown name, or a drafter that needs the target's hidden states.
+    Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
     """
     if draft == "prompt_lookup":
         draft = PromptLookupDraft()
     if not isinstance(draft, Draft):
         raise ValueError(f"draft must be None, 'prompt_lookup' or an optinfer.speculative drafter, got {draft!r}")
-    if draft.needs_hidden:
-        raise ValueError(f"the engine does not collect the hidden states that {type(draft).__name__} drafts from")
-    if len(draft.members) > 1:
-        raise ValueError("the engine takes one drafter, not a chain")
     if isinstance(draft, ModelDraft):
         draft.bind(model)
         return BatchedModelDrafts(draft.model, num_blocks, block_size)

@@ -1,10 +1,22 @@
 """Speculation in the engine: same tokens, fewer steps, no rejected token in the prefix cache, off when it loses."""
 
 import pytest
+import torch
+import transformers
 
+import optinfer
 from optinfer.serving import Engine, SamplingParams
 from optinfer.serving.speculation import Speculator, StepCost
-from optinfer.speculative import Draft, ModelDraft, Proposal, SelfDraft
+from optinfer.speculative import (
+    ChainDraft,
+    Draft,
+    ModelDraft,
+    PromptLookupDraft,
+    Proposal,
+    QuantizedDraft,
+    SelfDraft,
+)
+from optinfer.speculative.draft_head import DraftHead, HeadDraft
 
 
 class Liar(Draft):
@@ -31,11 +43,117 @@ def test_the_target_as_its_own_draft(model, reference):
     assert len(engine.log) == 1 + 3  # the prompt gives the first token, each step after it four
 
 
-def test_a_drafter_that_needs_hidden_states_is_refused(model):
-    draft = Liar()
-    draft.needs_hidden = True
-    with pytest.raises(ValueError, match="hidden"):
+@pytest.fixture
+def head(model):
+    """An untrained head: its drafts are as good as random, which is all that the engine must survive."""
+    torch.manual_seed(3)
+    return HeadDraft(DraftHead.for_model(model, torch.arange(3, 90)), min_confidence=0.0)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["lean", "modules"])
+@pytest.mark.parametrize("chained", [False, True], ids=["head", "chain"])
+def test_a_draft_head(model, reference, head, fuse, chained):
+    draft = ChainDraft([PromptLookupDraft(), head]) if chained else head
+    engine = Engine(
+        model, num_blocks=13, block_size=4, max_batched_tokens=9, draft=draft, adaptive_drafts=False, fuse=fuse
+    )
+    prompts = [[7, 8, 9] * 6, [30, 31], [40] * 11, [30, 31, 32]]
+    for _ in range(2):  # the second time with hits in the prefix cache
+        done = engine.generate(prompts, SamplingParams(max_tokens=12))
+        assert [c.token_ids for c in done] == [reference(p, 12) for p in prompts]
+    assert engine.stats.draft_tokens > 0 and engine.stats.preemptions > 0 and engine.stats.cached_tokens > 0
+    assert not engine.speculator.drafts._drafters
+
+
+def test_a_draft_head_sees_what_it_sees_in_generate(model, head):
+    """One prompt in chunks, then rounds of drafts: the same drafts as the decoder of lesson 5 gets."""
+    said = []
+
+    class Listening(HeadDraft):
+        def propose(self, input_ids, num_tokens, sampler):
+            proposal = super().propose(input_ids, num_tokens, sampler)
+            said[-1].append(proposal.tokens.tolist())
+            return proposal
+
+    said.append([])
+    draft = Listening(head.head, min_confidence=0.0)
+    engine = Engine(model, num_blocks=60, block_size=4, max_batched_tokens=5, draft=draft, num_draft_tokens=3,
+                    adaptive_drafts=False)  # fmt: skip
+    prompt = [7, 8, 9, 20, 21, 22, 23, 50]
+    (done,) = engine.generate([prompt], SamplingParams(max_tokens=14, ignore_eos=True))
+    said.append([])
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, min_new_tokens=14, do_sample=False,
+        custom_generate=optinfer.speculative_decoding, draft=Listening(head.head, min_confidence=0.0),
+        num_draft_tokens=3, adaptive=False,
+    )  # fmt: skip
+    rounds = [(a, b) for a, b in zip(*([d for d in drafts if d] for drafts in said))]
+    # Near the end each cuts its drafts in its own way.
+    assert len(rounds) > 5 and all(a[: len(b)] == b[: len(a)] for a, b in rounds)
+    assert out[0, len(prompt) :].tolist()[:10] == done.token_ids[:10]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_the_quantized_target_as_a_draft(build_model, hf_generate, scheme):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    target = build_model(config, seed=2)
+    engine = Engine(target, num_blocks=60, block_size=4, draft=QuantizedDraft(scheme), num_draft_tokens=3,
+                    adaptive_drafts=False)  # fmt: skip
+    prompts = [[7, 8, 9] * 5, [30, 31], [40] * 11]
+    expected = [hf_generate(target, p, 12) for p in prompts]
+    for _ in range(2):
+        done = engine.generate(prompts, SamplingParams(max_tokens=12))
+        assert [c.token_ids for c in done] == expected
+    assert engine.stats.accepted_tokens > 0
+    drafts = engine.speculator.drafts
+    assert drafts.manager.num_free_blocks == drafts.manager.num_blocks
+
+
+def test_a_head_for_another_model_is_refused(model, build_model):
+    other = build_model(transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64,
+                                                 num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
+    draft = HeadDraft(DraftHead.for_model(other, torch.arange(3, 90)))
+    with pytest.raises(ValueError, match="hidden size 32"):
         Engine(model, num_blocks=8, draft=draft)
+
+
+def test_speculation_stops_when_the_batch_grows(model):
+    """A model of the cost of a step in place of a clock: alone, a wrong half of the drafts still pays; among forty not."""
+    now = [0.0]
+    engine = Engine(model, num_blocks=400, block_size=4, draft=Halfway(), num_draft_tokens=4, max_num_seqs=40,
+                    clock=lambda: now[0])  # fmt: skip
+    run = engine.runner.run
+
+    def timed(chunks, num_logits, copies=()):
+        now[0] += 0.010 + 0.001 * sum(len(chunk.token_ids) for chunk in chunks)
+        return run(chunks, num_logits, copies)
+
+    engine.runner.run = timed
+    Halfway.target = engine
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    engine.generate([[5, 6, 7]], params)
+    alone = sum(chunk["drafted"] for record in engine.log[10:] for chunk in record.chunks) / len(engine.log[10:])
+    first = len(engine.log)
+    engine.generate([[5, 6, i] for i in range(40, 80)], params)
+    log = [record for record in engine.log[first + 25 :] if len(record.chunks) > 30]
+    crowded = sum(chunk["drafted"] for record in log for chunk in record.chunks) / sum(len(r.chunks) for r in log)
+    assert alone > 3 and crowded < 0.5
+
+
+class Halfway(Draft):
+    """Two right tokens of four, taken from the target itself."""
+
+    target: Engine
+
+    def propose(self, input_ids, num_tokens, sampler):
+        model = self.target.model
+        out = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=1,
+                             min_new_tokens=1, do_sample=False, pad_token_id=0)  # fmt: skip
+        return Proposal(torch.cat([out[0, -1:], torch.full((num_tokens - 1,), 96)])[:num_tokens])
 
 
 def test_step_cost():
