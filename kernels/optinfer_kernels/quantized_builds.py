@@ -2,18 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from optinfer_kernels.compile import CompiledKernel, compile_for
 from optinfer_kernels.quantized_arguments import INT4
-from optinfer_kernels.quantized_matmul_fast import decoding, quantized_matmul_fast_kernel, tile_for
+from optinfer_kernels.quantized_matmul import BLOCK_K, BLOCK_N, quantized_matmul_kernel
+from optinfer_kernels.quantized_matmul_fast import Tile, decoding, quantized_matmul_fast_kernel, tile_for
 
+READABLE_TILE = Tile(1, BLOCK_N, BLOCK_K, 4, 3)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Instructions of the integer pipe, which takes half as many per cycle as there are lanes (CUDA programming guide,
-# "throughput of native arithmetic instructions", capability 8.x and 9.0: 64 a processor against 128).
-INTEGER_PIPE = ("PRMT", "LOP3", "SHF", "ISETP", "SEL", "IADD3", "LEA", "VIADD")
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,6 @@ class QuantizedBuild:
     @property
     def instructions_per_weight(self) -> float:
         return len(self.loop) / self.weights_per_thread
-
-    @property
-    def integer_instructions_per_weight(self) -> float:
-        """Of them, those for the integer pipe."""
-        return sum(self.mix[name] for name in INTEGER_PIPE) / self.weights_per_thread
 
     @property
     def mix(self) -> Counter:
@@ -48,10 +42,12 @@ def compile_quantized(
     group_size: int = 64,
     nested: bool = False,
     codebook: tuple[float, ...] | None = None,
+    readable: bool = False,
 ) -> QuantizedBuild:
     """The build that `quantized_matmul` would launch on compute capability `arch` (90 is Hopper), for large layers.
 
     scheme: "codebook" (with `codebook`, its 16 values), "int4", "int4 affine" or "int8".
+    readable: the kernel of `quantized_matmul`, else the one of `quantized_matmul_fast`.
     """
     if scheme not in ("codebook", "int4", "int4 affine", "int8"):
         raise ValueError(f"scheme must be codebook, int4, int4 affine or int8; not {scheme!r}")
@@ -61,8 +57,12 @@ def compile_quantized(
         raise ValueError("codebook must be given with scheme='codebook': its 16 values")
     bits = 8 if scheme == "int8" else 4
     book = codebook if scheme == "codebook" else None if scheme == "int8" else INT4
-    tile = tile_for(tokens, bits, group_size)
-    constants = {
+    function: Any
+    if readable:
+        function, tile = quantized_matmul_kernel, READABLE_TILE
+    else:
+        function, tile = quantized_matmul_fast_kernel, tile_for(tokens, bits, group_size)
+    constants: dict[str, Any] = {
         "BITS": bits,
         "NESTED": nested,
         "ZEROS": scheme == "int4 affine",
@@ -73,13 +73,15 @@ def compile_quantized(
         "BLOCK_K": tile.block_k,
         "WHOLE": True,
     }
-    signature = dict.fromkeys(("M", "N", "K", "row_bytes", "groups", "splits"), "i32")
-    signature |= dict.fromkeys(("x_ptr", "codebook_ptr", "out_ptr"), f"*{dtype}")
-    signature |= {"codes_ptr": "*u8" if bits == 4 else "*i8", "zero_ptr": "*u8"}
-    signature |= dict.fromkeys(("nested_ptr", "table_ptr", "offset_ptr"), "*fp32")
-    signature["scale_ptr"] = "*u8" if nested else "*fp32" if scheme == "codebook" else f"*{dtype}"
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    scale = "*u8" if nested else "*fp32" if scheme == "codebook" else f"*{dtype}"
+    types = {"codes_ptr": "*u8" if bits == 4 else "*i8", "zero_ptr": "*u8", "scale_ptr": scale}
+    types |= dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("nested_ptr", "table_ptr", "offset_ptr"), "*fp32")
+    types["codebook_ptr"] = "*fp32" if readable else f"*{dtype}"
+    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
     kernel = compile_for(
-        arch, quantized_matmul_fast_kernel, signature, constants, aligned=("N", "K", "row_bytes"),
+        arch, function, signature, constants, aligned=("N", "K", "row_bytes", "group_size"),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return QuantizedBuild(kernel, tuple(kernel.main_loop()), tile.block_n * tile.block_k / (32 * tile.num_warps))

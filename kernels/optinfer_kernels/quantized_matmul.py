@@ -18,6 +18,8 @@ import triton.language as tl  # noqa: E402
 
 from optinfer_kernels.interpreter import launch  # noqa: E402
 
+BLOCK_N, BLOCK_K = 16, 128  # weights that one program holds at a time
+
 
 @triton.jit
 def load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, index, exists, NESTED: tl.constexpr):
@@ -47,7 +49,7 @@ def quantized_matmul_kernel(
     """Grid (blocks of output features, tokens)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     token = tl.program_id(1)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         exists = (n < N) & (k < K)
@@ -62,8 +64,9 @@ def quantized_matmul_kernel(
             weight -= load_zero(zero_ptr, n, group, groups, exists)
         weight *= load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + group, exists, NESTED)
         x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
-        total += tl.sum(weight * x, 1)
+        sums += weight * x
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.sum(sums, 1)
     tl.store(out_ptr + token * N + row, total.to(out_ptr.dtype.element_ty), mask=row < N)
 
 
@@ -73,11 +76,11 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
     launch(
-        quantized_matmul_kernel, (triton.cdiv(weight.out_features, 16), len(x)),
+        quantized_matmul_kernel, (triton.cdiv(weight.out_features, BLOCK_N), len(x)),
         x, *pointers(weight, torch.float32), out,
         weight.out_features, weight.in_features, weight.codes.shape[1], weight.groups, weight.group_size,
         BITS=weight.bits, NESTED=weight.nested is not None, ZEROS=weight.zero_point is not None,
-        BLOCK_N=16, BLOCK_K=128,
+        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
     return out
 

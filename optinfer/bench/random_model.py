@@ -68,7 +68,8 @@ def random_model(name: str, variant: str, device: torch.device) -> Any:
     config = LlamaConfig(**CONFIGS[name], max_position_embeddings=4096, dtype=dtype)
     options = VARIANTS[variant]
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
     if options is not None:
         scheme = resolve_scheme(**options)
         for linear in linear_layers(model).values():

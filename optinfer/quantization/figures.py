@@ -14,7 +14,14 @@ from optinfer.quantization.formats import CODEBOOKS, FORMATS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["activation_outliers", "number_lines", "rounding", "scheme_quality", "weight_levels"]
+__all__ = [
+    "activation_outliers",
+    "instructions_per_weight",
+    "number_lines",
+    "rounding",
+    "scheme_quality",
+    "weight_levels",
+]
 
 
 def number_lines(names: tuple[str, ...] = ("FP8 E4M3", "FP8 E5M2", "INT8", "INT4", "NF4", "FP4")) -> Figure:
@@ -49,7 +56,14 @@ def activation_outliers(x: Tensor, threshold: float = 6.0) -> Figure:
     color = np.where(peak >= threshold, plots.COLORS["red"], plots.COLORS["blue"])
     ax.scatter(range(len(peak)), peak, s=7, c=color)
     ax.axhline(threshold, color=plots.COLORS["gray"], ls="--", lw=1)
-    ax.annotate("threshold of LLM.int8()", (len(peak) * 0.99, threshold), ha="right", va="bottom", fontsize=9)
+    ax.annotate(
+        "threshold of LLM.int8()",
+        (len(peak) * 0.99, threshold),
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+    )
     ax.set(xlabel="feature", ylabel="largest |activation|", yscale="log")
     return fig
 
@@ -83,6 +97,22 @@ def scheme_quality(rows: list[dict[str, Any]]) -> Figure:
         )
     ax.set(xlabel="whole model (MB)", ylabel="KL divergence from bf16 (nats per token)", yscale="log")
     ax.margins(x=0.3, y=0.12)
+    return fig
+
+
+def instructions_per_weight(counts: dict[str, float], budgets: dict[str, float]) -> Figure:
+    """Instructions that each kernel spends on a weight, and what a GPU can spend while its memory brings one.
+
+    Args:
+        counts: kernel -> instructions per weight.
+        budgets: label -> instructions per weight that fit the time of loading it; drawn as lines.
+    """
+    fig, ax = plots.figure(height=1.3 + 0.42 * len(counts))
+    plots.bars(ax, list(counts), list(counts.values()), "")
+    ax.set(xlabel="instructions per weight")
+    for (label, budget), height in zip(budgets.items(), (1.14, 1.04)):
+        ax.axvline(budget, color=plots.COLORS["red"], lw=1.2, ls="--", clip_on=False, ymax=height)
+        ax.text(budget, height, f" {label}", transform=ax.get_xaxis_transform(), color=plots.COLORS["red"], fontsize=9)
     return fig
 
 

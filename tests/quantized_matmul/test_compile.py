@@ -71,6 +71,13 @@ def test_instructions_per_weight(case):
     assert 1 < result(case).instructions_per_weight <= budget
 
 
+def test_the_readable_kernel_spends_many():
+    """A look-up and a scale for every weight: several times the fast kernel's count. And it fits as well."""
+    build = compile_quantized("codebook", 90, codebook=NF4, readable=True)
+    assert build.kernel.spill_bytes == 0 and build.mix["HMMA"] == 0
+    assert build.instructions_per_weight > 3 * result(case("codebook", 90)).instructions_per_weight
+
+
 def test_the_count_can_fail():
     """The same loop with a quarter of the rows per program spreads its overhead over fewer weights."""
     build = result(case("codebook", 90))
