@@ -277,7 +277,25 @@ def exercise_index() -> str:
             for e in exercises.of_chapter(chapter.prefix)
         ]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, _FOR_TEACHERS])
+
+
+_FOR_TEACHERS = """\
+## For teachers and for CI
+
+```
+optinfer grade handed-in/*.ipynb --assignment 01_quantization.ipynb --min 0.8 --junit scores.xml
+```
+
+runs each notebook in a fresh kernel, whatever its name, and checks every answer again; what the notebook shows is not
+believed. Cells that raise, hang or kill the kernel cost their own points only. `--assignment` names the notebook that you
+handed out: its exercises count even if somebody deleted them. `--json` prints the scores as JSON; the exit code is 0 if every
+notebook reaches `--min`. The answers run on your machine: grade strangers' notebooks in a container.
+
+The solution notebooks are source notebooks of [nbgrader](https://nbgrader.readthedocs.io). Put them into
+`source/ps1/` of a course, then `nbgrader generate_assignment ps1` and, later,
+`nbgrader autograde ps1 --ExecutePreprocessor.timeout=300`. The questions in words are left for you to grade.
+"""
 
 
 def course_map() -> str:

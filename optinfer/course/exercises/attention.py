@@ -514,9 +514,14 @@ TILED = Exercise(
     minutes=25,
     prerequisites=("attention.online_step", "attention.causal_mask"),
     spec="""\
-Put the online step into a loop over blocks of keys. Start with m = -inf and sums of 0, mask what lies in the future, and
-divide by `l` once at the very end. The result is that of plain causal attention, not an approximation; but no tensor of
-`length × length` may appear on the way. The check measures that.""",
+Put the online step into a loop over blocks of keys (you may call your `online_step`). Start with m = -inf and sums of 0,
+mask what lies in the future, and divide by `l` once at the very end. The result is that of plain causal attention,
+
+```python
+softmax(mask(q @ k.T / sqrt(dim))) @ v
+```
+
+not an approximation; but no tensor of `length × length` may appear on the way. The check measures that.""",
     answer=tiled_attention,
     cases=_tiled_cases,
     reference=_causal_reference,
@@ -703,7 +708,10 @@ out[row] = softmax(x[row])
 
 Triton's blocks have sizes that are powers of two; rows do not. Load with a mask, and choose what stands in for the missing
 numbers so that it changes neither the maximum nor the sum. Store with the mask too: the check looks at the memory around
-the result. Without a GPU the kernel runs interpreted.""",
+the result. Without a GPU the kernel runs interpreted.
+
+All you need: `tl.program_id(0)`, `tl.arange(0, BLOCK)`, `tl.load(pointers, mask=…, other=…)`, `tl.max`, `tl.exp`, `tl.sum`,
+`tl.store(pointers, values, mask=…)`. A pointer plus a block of offsets is a block of pointers.""",
     answer=softmax_kernel,
     cases=_triton_softmax_cases,
     reference=_launch_softmax_reference,
@@ -810,7 +818,8 @@ The same loop as in `attention.tiled`, as a kernel: one program holds BLOCK_M ro
 BLOCK_N, and keeps m, l and o in registers. Only q, k, v and out touch memory.
 
 `tl.dot(a, b, input_precision="ieee")` multiplies matrices (without the option a GPU rounds float32 to 10 bits);
-`tl.trans` transposes; `tl.where(visible, scores, -float("inf"))` masks. Start m at -1e30 rather than -inf: then no NaN can
+`tl.trans` transposes; `tl.where(visible, scores, -float("inf"))` masks; `tl.full` and `tl.zeros` make m, l and o. A vector
+of rows meets a matrix as `m[:, None]`. Start m at -1e30 rather than -inf: then no NaN can
 arise. The length need not be a multiple of the tiles.""",
     answer=flash_kernel,
     cases=_flash_cases,

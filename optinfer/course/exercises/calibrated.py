@@ -596,7 +596,7 @@ for alpha in alphas:
     error = mean((x @ quantized.T - x @ weight.T) ** 2)
 ```
 
-Return the alpha with the smallest error, and that error.""",
+Return the alpha with the smallest error, and that error. You may call your `awq_scales` from above.""",
     answer=awq_search,
     cases=_awq_search_cases,
     reference=_awq_search_reference,

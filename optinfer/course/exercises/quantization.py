@@ -632,7 +632,7 @@ def llm_int8_matmul(x: Tensor, weight: Tensor, threshold: float = 6.0) -> Tensor
     """Multiply in int8, except the columns of x that hold an outlier.
 
     x: float32 [tokens, in]; weight: float32 [out, in]
-    threshold: a column with a magnitude at or above it stays in floating point
+    threshold: a column with a magnitude at or above it stays in floating point; this may be none, or every column
     returns: x @ weight.T, float32 [tokens, out], approximately
     """
     outlier = (x.abs() >= threshold).any(dim=0)

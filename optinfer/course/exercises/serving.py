@@ -302,7 +302,7 @@ def chunked_prefill(decoding: int, prompts: list[int], budget: int) -> list[int]
     """Share one step's tokens between sequences that decode and prompts that are still being read.
 
     decoding: sequences that need one token each; prompts: tokens each prompt has left, first come first served
-    budget: tokens of the step in all
+    budget: tokens of the step in all; decoding alone may exceed it
     returns: tokens of each prompt to process in this step
     """
     left = max(budget - decoding, 0)
@@ -379,7 +379,8 @@ that decode get one each, first; what is left is filled with a piece of the firs
 def preempt(running: list[tuple[str, int]], needed: int, free_blocks: int) -> list[str]:
     """Whom to send back to the waiting line when blocks run out.
 
-    running: (name, blocks held), in order of arrival; needed: blocks that the step wants; free_blocks: that are free
+    running: (name, blocks held), in order of arrival, not to be changed
+    needed: blocks that the step wants; free_blocks: that are free
     returns: names, in the order of preemption: the latest arrival first, no more than necessary, never the first of all
     """
     victims = []
