@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,16 @@ def test_truncated_weights(tmp_path: Path) -> None:
         file.truncate(1000)
     with pytest.raises(OptinferError, match="corrupt"):
         models.load_model(folder)
+
+
+def test_a_folder_in_our_format_needs_no_import(tmp_path: Path) -> None:
+    """`load_model` alone, in a fresh process, opens what `quantize` and `save_pretrained` wrote."""
+    from optinfer import quantize
+
+    model, tokenizer = models.load_model()
+    quantize(model, "nf4", progress=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = f"import optinfer; m, _ = optinfer.load_model({str(tmp_path)!r}); print(type(m.model.layers[0].mlp.up_proj).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "QuantizedLinear"
