@@ -335,8 +335,10 @@ def _clue(run: _Run) -> str:
     if some:
         return some
     ratio = _constant_ratio(run.expected[first], values[first])
-    if ratio is not None:
+    if ratio is not None and abs(ratio - 1) > 0.01:
         return f"Every number is {ratio:.6g} times the expected one: a factor is missing or too many."
+    if ratio is not None:
+        return "Very close: are some of the steps computed in too few bits?"
     return "Try the smallest failing input by hand, and compare each intermediate value."
 
 

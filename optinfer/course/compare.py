@@ -74,7 +74,14 @@ def _numbers(expected: Any, got: Any, rtol: float, atol: float, where: str) -> D
     if same:
         return None
     kind = "nan" if got != got and expected == expected else "value"
-    return Difference(kind, f"{where} is {show(got)}, expected {show(expected)}")
+    mine, wanted = _apart(got, expected) if isinstance(got, float) else (show(got), show(expected))
+    return Difference(kind, f"{where} is {mine}, expected {wanted}")
+
+
+def _apart(got: float, expected: float) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to tell them apart."""
+    mine, wanted = _number(got), _number(expected)
+    return (repr(got), repr(expected)) if mine == wanted else (mine, wanted)
 
 
 def _tensors(expected: Tensor, got: Any, rtol: float, atol: float, where: str, dtypes: bool) -> Difference | None:
@@ -95,7 +102,8 @@ def _tensors(expected: Tensor, got: Any, rtol: float, atol: float, where: str, d
     index = tuple(torch.nonzero(lost if lost.any() else bad)[0].tolist())
     place = f"{where}{list(index) if index else ''}"
     share = f" ({count} of {bad.numel()} numbers differ)" if bad.numel() > 1 else ""
-    text = f"{place} is {_number(b[index].item())}, expected {_number(a[index].item())}{share}"
+    got_one, expected_one = _apart(b[index].item(), a[index].item())
+    text = f"{place} is {got_one}, expected {expected_one}{share}"
     return Difference("nan" if lost.any() else "value", text)
 
 

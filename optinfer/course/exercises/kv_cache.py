@@ -424,7 +424,8 @@ BLOCK_HASHES = Exercise(
     minutes=10,
     spec="""\
 Keys and values depend on all tokens before them, so a block may be reused only by a sequence with the same *prefix*. Hash
-each block together with the hash of the one before: `combine(parent, tokens of the block)`, with parent 0 for the first.
+each block together with the hash of the one before: `combine(parent, tuple(tokens of the block))`, with parent 0 for the
+first.
 Only full blocks get a hash; the last, growing one has none yet.""",
     answer=block_hashes,
     cases=_hashes_cases,
