@@ -164,7 +164,7 @@ def _judge(exercise: Exercise, outcome: _Outcome, expected: Any, mine: Case, unt
         return Difference("error", _error_text(outcome))
     found = difference(expected, outcome.value, exercise.rtol, exercise.atol)
     if found is None and not exercise.changes_input:
-        for name, before, after in zip(_parameters(exercise, len(mine.args)), untouched.args, mine.args):
+        for name, before, after in zip(_parameters(exercise, mine), untouched.args, mine.args):
             if isinstance(before, (Tensor, list, dict)) and difference(before, after, 0, 0) is not None:
                 return Difference("input", f"the result is right, but `{name}` was changed on the way")
     return found
@@ -384,7 +384,7 @@ def _failed(run: _Run) -> Result:
     at = told.input if told else first
     outcome, found = run.outcomes[at], run.differences[at]
     lines = [f"Input: {run.inputs[at].label}"]
-    names = _parameters(exercise, len(run.inputs[at].args))
+    names = _parameters(exercise, run.inputs[at])
     lines += [f"  `{name}` = {show(value)}" for name, value in zip(names, run.inputs[at].args)]
     if not stopped:
         lines.append(f"Expected: {show(run.expected[at])}")
@@ -440,10 +440,18 @@ def _error_text(outcome: _Outcome) -> str:
     return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}".rstrip(".")
 
 
-def _parameters(exercise: Exercise, count: int) -> list[str]:
-    source = exercise.run or exercise.answer
-    names = list(inspect.signature(source).parameters)[1 if exercise.run else 0 :]
-    return names[:count] + [f"argument {i + 1}" for i in range(len(names), count)]
+def _parameters(exercise: Exercise, c: Case) -> list[str]:
+    """Names of an input's arguments: those of `run`, or of the answer itself; a run of *args takes prompts too."""
+    parameters = list(inspect.signature(exercise.run or exercise.answer).parameters.values())[bool(exercise.run) :]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+        if c.slow:
+            names = ["prompt", "new_tokens", "block_size"]
+        elif not names:
+            names = list(inspect.signature(exercise.answer).parameters)
+    else:
+        names = [parameter.name for parameter in parameters]
+    return names[: len(c.args)] + [f"argument {i + 1}" for i in range(len(names), len(c.args))]
 
 
 def check(exercise_id: str, answer: Any, seed: int = 0) -> Result:

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from optinfer.course import claims
 from optinfer.course.card import Card, Table
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ class Lesson:
         verdict = bool(holds) if type(holds).__name__ in ("bool", "bool_") else holds
         if verdict not in _VERDICTS:
             raise ValueError(f"holds must be True, False, 'partly' or None, not {holds!r}")
-        self._ledger[number] = _LedgerLine(number, measured, _VERDICTS[verdict], note)
+        self._ledger[number] = line = _LedgerLine(number, measured, _VERDICTS[verdict], note)
+        said = " — ".join(filter(None, (line.verdict, note)))
+        claims.record(number, lesson=self.name, measured=measured, verdict=said, device=self.device_name())
 
     def ledger(self) -> Table:
         """The claims of this lesson: what was said, what was measured, on what, and the verdict."""
@@ -112,6 +115,10 @@ class Lesson:
             for line in sorted(self._ledger.values(), key=lambda line: line.claim)
         ]
         return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
+
+    def course_ledger(self) -> Table:
+        """The claims of all lessons, as far as they were run on this computer."""
+        return claims.table()
 
     def device_name(self) -> str:
         import torch

@@ -3,11 +3,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
 
 
 # --------------------------------------------------------------------------------------------------- perplexity
@@ -388,6 +390,61 @@ def _gptq_reference(weight: Tensor, hessian: Tensor) -> Tensor:
     return weight
 
 
+def _run_gptq(answer: Callable[..., Tensor], *args: Any) -> Any:
+    """The answer on a weight and a Hessian; or what the model says to a prompt with the answer's weights in it."""
+    return _gptq_text(answer, *args) if isinstance(args[0], str) else answer(*args)
+
+
+def _run_gptq_reference(*args: Any) -> Any:
+    return _expected_gptq_text(*args) if isinstance(args[0], str) else _gptq_reference(*args)
+
+
+@cache
+def _expected_gptq_text(prompt: str, new_tokens: int) -> dict[str, str]:
+    return _gptq_text(gptq, prompt, new_tokens)
+
+
+def _gptq_text(answer: Callable[..., Tensor], prompt: str, new_tokens: int) -> dict[str, str]:
+    """Quantize the key projection of every layer with the answer; put the old weights back afterwards."""
+    from optinfer.course.exercises.real_model import default_model, greedy
+
+    model, tokenizer = default_model()
+    hessians = _key_hessians()
+    projections = [layer.self_attn.k_proj for layer in model.model.layers]
+    weights = [projection.weight.data for projection in projections]
+    try:
+        for projection, weight, hessian in zip(projections, weights, hessians):
+            projection.weight.data = answer(weight.double(), hessian.clone()).float()
+        return {"text": greedy(model, tokenizer, prompt, new_tokens)}
+    finally:
+        for projection, weight in zip(projections, weights):
+            projection.weight.data = weight
+
+
+@cache
+def _key_hessians(tokens: int = 256) -> list[Tensor]:
+    """Damped Hessians of the key projections, from the first tokens of the calibration text."""
+    from optinfer import data
+    from optinfer.course.exercises.real_model import default_model
+
+    model, tokenizer = default_model()
+    hessians: list[Tensor] = []
+
+    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0][0].double()
+        hessian = 2 / len(x) * x.T @ x
+        hessians.append(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64))
+
+    hooks = [layer.self_attn.k_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+    try:
+        with torch.inference_mode():
+            model(tokenizer(data.text("calibration")[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hessians
+
+
 def _gptq_cases(draw: Draw) -> Iterator[Case]:
     for label, rows, columns in (("3 x 4", 3, 4), ("8 x 16", 8, 16), ("one row of 31", 1, 31), ("32 x 24", 32, 24)):
         yield case(label, draw.normal(rows, columns, dtype=torch.float64), _spd(draw, columns))
@@ -396,6 +453,7 @@ def _gptq_cases(draw: Draw) -> Iterator[Case]:
         draw.normal(4, 6, dtype=torch.float64),
         torch.eye(6, dtype=torch.float64),
     )
+    yield slow_case("the real model, its key projections in 4 bits", "What is a GPU?", 12)
 
 
 GPTQ = Exercise(
@@ -408,10 +466,16 @@ GPTQ = Exercise(
 Put the two together: one scale per row, fixed at the start; then column by column from left to right: round, divide the
 error by the factor's diagonal, correct all columns to the right with the factor's row.
 
-The measure of success is not the weights' error but the output's: `trace((W - Q) H (W - Q)ᵀ)`.""",
+The measure of success is not the weights' error but the output's: `trace((W - Q) H (W - Q)ᵀ)`.
+
+At the end the check quantizes the key projections of all 30 layers of the real model with your function, with Hessians of a
+calibration text, and lets it talk.""",
     answer=gptq,
     cases=_gptq_cases,
-    reference=_gptq_reference,
+    reference=_run_gptq_reference,
+    run=_run_gptq,
+    model=True,
+    limit=60,
     given=(round_to_grid,),
     rtol=1e-7,
     atol=1e-9,

@@ -758,11 +758,10 @@ def _shuffled_blocks() -> list[int]:
     return [(37 * i + 11) % 64 for i in range(64)]
 
 
-def _run_store(answer: type, *args: Any) -> dict[str, Any]:
+def _run_store(answer: type, pieces: Any, block_size: int, *more: int) -> dict[str, Any]:
     """Pieces [2, kv_heads, tokens, dim] (keys, values) through a store; or a prompt, and the store as the model's cache."""
-    if isinstance(args[0], str):
-        return _store_in_model(answer, *args)
-    pieces, block_size = args
+    if isinstance(pieces, str):
+        return _store_in_model(answer, pieces, block_size, *more)
     kv_heads, dim = pieces[0].shape[1], pieces[0].shape[3]
     store = answer(_shuffled_blocks(), block_size, kv_heads, dim)
     for k, v in pieces:

@@ -1,0 +1,64 @@
+"""What the lessons measured of the chapter's claims, kept beside the reader's progress, for the last lesson's ledger."""
+
+import datetime
+import json
+from typing import Any
+
+from optinfer.course import records
+from optinfer.course.card import Table
+from optinfer.results import write_whole
+
+# The lesson that measures each claim last.
+LESSONS = {
+    1: "01_quantization",
+    2: "01_quantization",
+    3: "02_calibrated_quantization",
+    4: "02_calibrated_quantization",
+    5: "01_quantization",
+    6: "03_flash_attention",
+    7: "03_flash_attention",
+    8: "03_flash_attention",
+    9: "04_kv_cache",
+    10: "04_kv_cache",
+    11: "05_speculative_decoding",
+    12: "05_speculative_decoding",
+    13: "05_speculative_decoding",
+    14: "06_putting_it_together",
+}
+
+
+def load() -> dict[int, dict[str, str]]:
+    """By claim: ``lesson``, ``measured``, ``verdict``, ``device``, ``date``. A missing or damaged file counts as empty."""
+    try:
+        known = json.loads(_path().read_text(encoding="utf-8"))
+        return {int(number): dict(entry) for number, entry in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def record(number: int, **entry: str) -> None:
+    """Keep a lesson's newest measurement of a claim. A folder that cannot be written to is no reason to fail."""
+    known: dict[int, Any] = load()
+    known[number] = {**entry, "date": datetime.date.today().isoformat()}
+    try:
+        write_whole(_path(), json.dumps(known, indent=1, sort_keys=True) + "\n")
+    except OSError:
+        pass
+
+
+def table() -> Table:
+    """All claims of the course with what was measured on this computer, or the lesson to run for it."""
+    from optinfer import data
+
+    known = load()
+    rows = []
+    for number, claim in data.claims().items():
+        entry = known.get(number, {})
+        measured = entry.get("measured") or f"not yet: run lesson {LESSONS[number]}"
+        source = ", ".join(filter(None, (entry.get("device"), entry.get("date"))))
+        rows.append((str(number), claim, measured, source, entry.get("verdict", "")))
+    return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
+
+
+def _path() -> Any:
+    return records.path().with_name("claims.json")
