@@ -1,5 +1,6 @@
 """What the lessons measured of the chapter's claims, kept beside the reader's progress, for the last lesson's ledger."""
 
+import contextlib
 import datetime
 import json
 from typing import Any
@@ -40,10 +41,8 @@ def record(number: int, **entry: str) -> None:
     """Keep a lesson's newest measurement of a claim. A folder that cannot be written to is no reason to fail."""
     known: dict[int, Any] = load()
     known[number] = {**entry, "date": datetime.date.today().isoformat()}
-    try:
+    with contextlib.suppress(OSError):
         write_whole(_path(), json.dumps(known, indent=1, sort_keys=True) + "\n")
-    except OSError:
-        pass
 
 
 def table() -> Table:

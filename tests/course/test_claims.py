@@ -1,0 +1,54 @@
+"""The whole course's ledger: what earlier lessons recorded, and which lesson to run for the rest."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from optinfer import data
+from optinfer.course import claims
+from optinfer.course.lesson import Lesson
+
+MASTERS = Path(__file__).resolve().parents[2] / "notebooks" / "source"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTINFER_PROGRESS", str(tmp_path))
+    return tmp_path
+
+
+def lesson(name):
+    return Lesson(name, torch.device("cpu"), torch.bfloat16, 0)
+
+
+def test_the_ledger_reads_what_lessons_recorded():
+    assert all("run lesson" in row[2] and not row[4] for row in claims.table().rows)
+    lesson("04_kv_cache").claim(10, "2.9 % wasted", True, "one trace")
+    lesson("04_kv_cache").claim(10, "3.1 % wasted", "partly")
+    rows = {row[0]: row for row in lesson("06_putting_it_together").course_ledger().rows}
+    assert list(rows) == [str(number) for number in data.claims()]
+    assert rows["10"][2] == "3.1 % wasted" and rows["10"][4] == "holds in part" and "cores" in rows["10"][3]
+    assert rows["11"][2] == "not yet: run lesson 05_speculative_decoding"
+
+
+def test_a_damaged_file_counts_as_empty(folder):
+    (folder / "claims.json").write_text("[1, 2")
+    assert claims.load() == {}
+    lesson("x").claim(1, "140 GB", True)
+    assert claims.load()[1]["measured"] == "140 GB"
+
+
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
+    (folder / "file").write_text("")
+    monkeypatch.setenv("OPTINFER_PROGRESS", str(folder / "file" / "progress.json"))
+    lesson("x").claim(1, "140 GB", True)
+    assert claims.load() == {}
+
+
+def test_every_claim_names_a_lesson_that_measures_it():
+    assert set(claims.LESSONS) == set(data.claims())
+    for number, name in claims.LESSONS.items():
+        text = (MASTERS / f"{name}.md").read_text(encoding="utf-8")
+        assert re.search(rf"lesson\.claim\({number}\b", text), (number, name)
