@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """
     model, tokenizer = optinfer.load_model()
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every layer: that would be timed as well
     peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]
     names = ["nf4", "llm_int8"] if quick else list(VARIANTS)
     rounds = 3 if quick else 7
