@@ -20,6 +20,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from optinfer import data, models
 from optinfer.serving import Completion, Engine, SamplingParams
@@ -258,9 +259,11 @@ def throughput(
             vllm.serve(trace)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     results: dict[str, list[Served]] = {}
-    for turn in range(rounds):
-        names = list(peers)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    names = list(peers)
+    turns = [names[(turn + i) % len(names)] for turn in range(rounds) for i in range(len(names))]
+    with tqdm(turns, desc=f"{len(trace)} requests", unit="run") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
             results[name], took = peers[name]()
             seconds[name].append(took)
             if [len(done.token_ids) for done in results[name]] != [request.max_tokens for request in trace]:

@@ -172,14 +172,18 @@ class Engine:
         return request.request_id
 
     def cancel(self, request_id: str) -> None:
-        """End a request now; its continuations are reported with finish_reason "cancelled" by the next step.
+        """End a request now; its continuations are reported with finish_reason "cancelled" by the next step, or by the
+        stream that it belongs to.
 
         Raises UnknownRequest: there is no such request, or not any more.
         """
         if request_id not in self._groups:
             raise UnknownRequest(f"request {request_id!r} is unknown, finished or cancelled already")
-        for sequence in list(self._groups[request_id].live):
+        group = self._groups[request_id]
+        for sequence in list(group.live):
             self._finish(sequence, "cancelled", self.clock())
+            if group.deltas is not None:
+                group.deltas.append(Delta(sequence.index, "" if self.tokenizer else None, [], "cancelled"))
 
     @property
     def has_work(self) -> bool:
@@ -233,7 +237,7 @@ class Engine:
             rows = slice(row, row + chunk.num_logits)
             row = rows.stop
             lines.append(self._apply(chunk, logits[rows], likeliest[rows], start, now, finished))
-            if self.speculator and self.runner.keep_hidden and chunk.sequence.metrics.finished is None:
+            if self.speculator and self.speculator.drafts.needs_hidden and chunk.sequence.metrics.finished is None:
                 final = lines[-1]["num_tokens"] + lines[-1]["accepted"]
                 self.speculator.observe_hidden(chunk.sequence, chunk.start, self.runner.hidden[i][:final])
 

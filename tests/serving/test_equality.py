@@ -32,6 +32,7 @@ SCHEDULES = st.fixed_dictionaries(
         "draft": st.sampled_from([None, "prompt_lookup", "model"]),
         "num_draft_tokens": st.sampled_from([1, 3, 6]),
         "adaptive_drafts": st.booleans(),
+        "fuse": st.booleans(),
     }
 )
 

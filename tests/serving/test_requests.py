@@ -134,6 +134,82 @@ def test_a_stream_dropped_in_the_middle(engine, reference):
     assert [(c.request_id, c.token_ids) for c in drain(engine)] == [(other, reference([5, 6, 7], 8))]
 
 
+@pytest.mark.parametrize("end", ["close", "throw", "before the first token"])
+def test_a_stream_ended_by_its_reader(engine, reference, end):
+    other = engine.add_request([5, 6, 7], SamplingParams(max_tokens=8))
+    stream = engine.stream([8, 9, 10], SamplingParams(max_tokens=20, n=2, temperature=1.0, ignore_eos=True))
+    if end == "before the first token":
+        stream.close()
+    else:
+        next(stream)
+        if end == "close":
+            stream.close()
+        else:
+            with pytest.raises(RuntimeError, match="the reader's"):
+                stream.throw(RuntimeError("the reader's"))
+    assert next(stream, "over") == "over"
+    assert engine.stats.cancelled == (0 if end == "before the first token" else 2)
+    assert [(c.request_id, c.token_ids) for c in drain(engine)] == [(other, reference([5, 6, 7], 8))]
+
+
+def test_a_stream_cancelled_by_somebody_else(engine, reference):
+    stream = engine.stream([8, 9, 10], SamplingParams(max_tokens=20, ignore_eos=True))
+    first = next(stream)
+    (request_id,) = engine._groups
+    engine.cancel(request_id)
+    rest = list(stream)
+    assert rest[-1].finish_reason == "cancelled" and not rest[-1].token_ids
+    tokens = first.token_ids + [token for delta in rest for token in delta.token_ids]
+    assert tokens == reference([8, 9, 10], 20)[: len(tokens)]
+    with pytest.raises(UnknownRequest):
+        engine.cancel(request_id)
+    assert drain(engine) == []
+
+
+def test_an_interrupted_generate_cancels_only_its_own(engine, reference, monkeypatch):
+    other = engine.add_request([5, 6, 7], SamplingParams(max_tokens=8))
+    run, calls = engine.runner.run, iter(range(3))
+
+    def interrupted(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[8, 9], [10, 11, 12]], SamplingParams(max_tokens=20, ignore_eos=True))
+    monkeypatch.setattr(engine.runner, "run", run)
+    assert engine.stats.cancelled == 2
+    assert [(c.request_id, c.token_ids) for c in drain(engine)] == [(other, reference([5, 6, 7], 8))]
+
+
+@pytest.mark.parametrize("moment", ["waiting", "running", "preempted"])
+def test_cancelled_in_any_state(model, reference, moment):
+    engine = Engine(model, num_blocks=9, block_size=4, max_num_seqs=1 if moment == "waiting" else 8)
+    prompts = [[i, i + 1, i + 2, i + 3, i + 4] for i in range(3, 28, 5)]
+    ids = [engine.add_request(p, SamplingParams(max_tokens=16, ignore_eos=True)) for p in prompts]
+    while True:
+        engine.step()
+        states = {
+            "waiting": [s for s in engine.scheduler.waiting if not s.metrics.preemptions],
+            "running": engine.scheduler.running,
+            "preempted": [s for s in engine.scheduler.waiting if s.metrics.preemptions],
+        }
+        if states[moment]:
+            break
+    victim = states[moment][0].request.request_id
+    engine.cancel(victim)
+    engine.check_integrity()
+    done = {c.request_id: c for c in drain(engine)}
+    assert done[victim].finish_reason == "cancelled"
+    for request_id, prompt in zip(ids, prompts):
+        if request_id != victim and request_id in done:
+            assert done[request_id].finish_reason == "length"
+            # `generate` may end earlier, at an end-of-sequence that is ignored here
+            expected = reference(prompt, 16)
+            assert done[request_id].token_ids[: len(expected)] == expected
+
+
 def test_a_failing_step_loses_no_request(engine, reference, monkeypatch):
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
     for prompt in prompts:
