@@ -132,7 +132,8 @@ def open_notebook(page: Page, home: str, name: str) -> None:
 def run_all_cells(page: Page, timeout: float = 300) -> None:
     """Menu Run > Run All Cells, as a reader would, and wait until the last cell has run."""
     page.locator(".lm-MenuBar-item", has_text="Run").first.click()
-    page.locator(".lm-Menu-item", has_text="Run All Cells").last.click()
+    # Exactly this entry: another one restarts the kernel first, and asks before it does.
+    page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
     page.wait_for_timeout(1000)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -10,6 +10,7 @@ from optinfer.kv_cache import (
     ContiguousAllocator,
     PagedAllocator,
     parallel_sampling_saving,
+    shared_prefix_saving,
     sharegpt_like,
     simulate,
 )
@@ -132,13 +133,14 @@ def waste(num_requests: int = 400, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def sharing(num_requests: int = 100, seed: int = 0) -> list[dict[str, Any]]:
-    """Blocks saved when n answers share one prompt, as in the paper's section 6.3."""
+    """Blocks saved by n answers to one prompt, and by one system prompt for everybody: the paper's 6.3 and 6.4."""
     trace = sharegpt_like(num_requests, seed)
+    kinds = [("samples", n, parallel_sampling_saving) for n in (2, 4, 6)]
+    kinds += [("system prompt", n, shared_prefix_saving) for n in (64, 256, 1024)]
     rows = []
-    for n in (2, 4, 6):
+    for shared, size, saving in kinds:
         start = time.perf_counter()
-        saved = parallel_sampling_saving(trace, n)
-        rows.append(
-            {"kind": "sharing", "peer": "paged", "samples": n, "saved": saved, "seconds": time.perf_counter() - start}
-        )
+        saved = saving(trace, size)
+        seconds = time.perf_counter() - start
+        rows.append({"kind": "sharing", "peer": "paged", shared: size, "saved": saved, "seconds": seconds})
     return rows

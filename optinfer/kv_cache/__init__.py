@@ -25,6 +25,7 @@ _PUBLIC = {
             "Request",
             "Usage",
             "parallel_sampling_saving",
+            "shared_prefix_saving",
             "sharegpt_like",
             "simulate",
         ],

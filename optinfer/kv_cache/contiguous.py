@@ -16,7 +16,8 @@ from typing import Protocol
 
 from optinfer.kv_cache.block_manager import BlockManager, OutOfBlocks, _positive
 
-# Means of the paper's Figure 11 (ShareGPT, tokenized). The spread is ours: log-normal, clipped.
+# ShareGPT's mean lengths in tokens, as the paper's Figure 11 is quoted; we could not check them against its text.
+# The spread is ours: log-normal, clipped.
 SHAREGPT_PROMPT_MEAN, SHAREGPT_OUTPUT_MEAN = 161.31, 337.99
 MAX_MODEL_LEN = 2048  # OPT's context, the model of the paper's experiments
 
@@ -249,6 +250,25 @@ def parallel_sampling_saving(requests: Iterable[Request], num_samples: int, bloc
             needed += num_samples * -(-(request.prompt_len + step + 1) // block_size)
             taken += m.num_blocks - m.num_free_blocks
     return 1 - taken / needed
+
+
+def shared_prefix_saving(requests: Iterable[Request], prefix_len: int, block_size: int = 16) -> float:
+    """Share of blocks saved when all requests begin with one system prompt and run at once; paper, section 6.4.
+
+    (blocks without sharing - blocks with) / blocks without, when every answer has been written.
+    """
+    _positive("prefix_len", prefix_len)
+    taken = {}
+    requests = list(requests)
+    pages = sum(-(-(prefix_len + r.length) // block_size) for r in requests)
+    for prefix_caching in (False, True):
+        m = BlockManager(pages, block_size, prefix_caching, record_events=False)
+        for i, request in enumerate(requests):
+            own = i + 1  # a token id that no other request uses: nothing but the prefix can be shared
+            m.allocate(i, [0] * prefix_len + [own] * request.prompt_len)
+            m.append(i, [own] * request.output_len)
+        taken[prefix_caching] = m.num_blocks - m.num_free_blocks
+    return 1 - taken[True] / taken[False]
 
 
 @cache

@@ -90,30 +90,30 @@ def paged_attention_reference(
 
 
 def gather_pages(
-    cache: Tensor, block_tables: Tensor, max_len: int, scales: Tensor | None = None, dtype: torch.dtype | None = None
+    cache: Tensor, blocks: Tensor, length: int, scales: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The contiguous copy: [batch, kv_heads, max_len, head_dim], padded with whatever block 0 holds."""
-    pages = cache[block_tables.long()].flatten(1, 2)[:, :max_len]  # [batch, max_len, kv_heads, head_dim]
+    """The contiguous copy of one sequence: [1, kv_heads, length, head_dim] of its blocks, in their order."""
+    _, block_size, kv_heads, head_dim = cache.shape
+    blocks = blocks[: -(-length // block_size)]  # entries behind the last block may be anything
+    # Whole pages, one after the other: a copy of rows is several times faster than an indexed one.
+    tokens = cache.flatten(1).index_select(0, blocks).view(-1, kv_heads, head_dim)[:length]
     if scales is not None:
-        pages = pages * scales[block_tables.long()].flatten(1, 2)[:, :max_len, :, None]
-    return pages.to(dtype or cache.dtype).transpose(1, 2)
+        tokens = tokens * scales.flatten(1).index_select(0, blocks).view(-1, kv_heads, 1)[:length]
+    return tokens.to(dtype or cache.dtype).transpose(0, 1)[None]
 
 
 def _gather_and_attend(q, k_cache, v_cache, block_tables, context_lens, scale, *, k_scale, v_scale) -> Tensor:
-    """Gather the pages of all sequences, then one call of torch's attention with a mask."""
+    """Gather one sequence's pages, attend with torch's kernel, go on: the copy is read again while it is in cache."""
     a = check_paged_attention(q, k_cache, v_cache, block_tables, context_lens, scale, k_scale, v_scale)
-    max_len = int(context_lens.max())
-    token = torch.arange(max_len, device=q.device)
-    needed = token[:: a.block_size] < context_lens[:, None]  # entries behind the last block may be anything
-    tables = torch.where(needed, block_tables[:, : needed.shape[1]], 0)
-    k = gather_pages(k_cache, tables, max_len, k_scale, q.dtype)
-    v = gather_pages(v_cache, tables, max_len, v_scale, q.dtype)
-    mask = None
-    if a.q_len > 1 or int(context_lens.min()) < max_len:
-        padding = (token >= context_lens[:, None])[:, None, :, None]  # may hold anything, even nan
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-        last_seen = context_lens[:, None] - a.q_len + torch.arange(a.q_len, device=q.device)
-        mask = (token <= last_seen[..., None]).repeat(1, a.group, 1)[:, None]  # [batch, 1, rows, max_len]
     # The query heads of one KV head become rows of one small problem: no copy of k and v per query head.
     rows = q.reshape(a.batch, a.kv_heads, a.group * a.q_len, a.head_dim)
-    return scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=a.scale).reshape(q.shape)
+    out = torch.empty_like(rows)
+    for i, length in enumerate(context_lens.tolist()):
+        k = gather_pages(k_cache, block_tables[i], length, k_scale, q.dtype)
+        v = gather_pages(v_cache, block_tables[i], length, v_scale, q.dtype)
+        mask = None
+        if a.q_len > 1:
+            last_seen = torch.arange(length - a.q_len, length, device=q.device)
+            mask = (torch.arange(length, device=q.device) <= last_seen[:, None]).repeat(a.group, 1)
+        out[i] = scaled_dot_product_attention(rows[i : i + 1], k, v, attn_mask=mask, scale=a.scale)[0]
+    return out.reshape(q.shape)

@@ -9,6 +9,7 @@ from optinfer.kv_cache import (
     PagedAllocator,
     Request,
     parallel_sampling_saving,
+    shared_prefix_saving,
     sharegpt_like,
     simulate,
 )
@@ -102,6 +103,19 @@ def test_sharing_saves_what_the_paper_saw():
     assert parallel_sampling_saving(trace[:5], 1) == 0
     # By hand: a prompt of two blocks and one token each: 6 blocks separate, 2 + 2 shared.
     assert parallel_sampling_saving([Request(8, 1)], 2, block_size=4) == pytest.approx(1 - 4 / 6)
+
+
+def test_a_shared_system_prompt_is_stored_once():
+    # By hand: 2 blocks of prefix, then 1 of its own each: 9 blocks separate, 2 + 3 shared.
+    assert shared_prefix_saving([Request(2, 2)] * 3, 8, block_size=4) == pytest.approx(1 - 5 / 9)
+    # A prefix that fills no block is not shared; of one that fills 1.5, one block is.
+    assert shared_prefix_saving([Request(2, 2)] * 3, 3, block_size=4) == 0
+    assert shared_prefix_saving([Request(1, 1)] * 3, 6, block_size=4) == pytest.approx(1 - 4 / 6)
+    trace = sharegpt_like(40, seed=1)
+    savings = [shared_prefix_saving(trace, n) for n in (64, 256, 1024)]
+    assert savings == sorted(savings) and 0 < savings[0] < savings[2] < 1
+    with pytest.raises(ValueError, match="prefix_len"):
+        shared_prefix_saving(trace, 0)
 
 
 def test_bad_arguments_are_refused():

@@ -46,6 +46,9 @@ def colab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(python, "-m", "pip", "install", "-q", "--no-cache-dir", "-r", PINS, cwd=folder)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("*.whl")
+    run(
+        python, "-m", "pip", "uninstall", "-q", "-y", "optinfer", cwd=folder
+    )  # pip would keep an older one of this version
     run(python, "-m", "pip", "install", "-q", wheel, cwd=folder)
     return python
 
