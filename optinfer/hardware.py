@@ -3,9 +3,11 @@
 import functools
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -123,6 +125,17 @@ def memory_bytes() -> int:
     import psutil
 
     return int(psutil.virtual_memory().total)
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process alone has had (`ru_maxrss` starts from the parent's)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def best_seconds(run: Callable[[], object], device: "torch.device", repeats: int = 7, warmup: int = 2) -> float:

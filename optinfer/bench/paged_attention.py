@@ -36,7 +36,7 @@ def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) 
     tables = torch.randperm(batch * blocks, device=device).view(batch, blocks).int()
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     q = torch.randn(batch, KV_HEADS * GROUP, HEAD_DIM, **options)
-    flat_k, flat_v = (gather_pages(cache, tables, context).contiguous() for cache in (k, v))
+    flat_k, flat_v = (torch.cat([gather_pages(cache, row, context) for row in tables]).contiguous() for cache in (k, v))
     rows_of_group = q.view(batch, KV_HEADS, GROUP, HEAD_DIM)  # the query heads of one KV head, as rows
 
     def contiguous() -> torch.Tensor:

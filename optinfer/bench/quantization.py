@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import optinfer
+from optinfer import hardware
 from optinfer.quantization import quantize
 from optinfer.quantization.model import linear_layers, replace_module
 
@@ -194,25 +195,12 @@ def _peak_here(peer: str, options: dict[str, Any]) -> dict[str, float]:
         import bitsandbytes  # noqa: F401  both peers pay for its import: our fused operator lives there
 
     model, tokenizer = optinfer.load_model()
-    before = _high_water_mark()
+    before = hardware.peak_memory_bytes()
     QUANTIZE[peer](model, **options)
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)
     with torch.inference_mode():
         model.generate(ids, max_new_tokens=8, do_sample=False)
-    return {"peak_bytes_after_load": before, "peak_bytes": _high_water_mark()}
-
-
-def _high_water_mark() -> int:
-    """Peak resident memory of this process alone (`ru_maxrss` starts from the parent's)."""
-    from pathlib import Path
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes_after_load": before, "peak_bytes": hardware.peak_memory_bytes()}
 
 
 def _synchronize(model: Any) -> None:

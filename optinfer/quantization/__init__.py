@@ -4,7 +4,7 @@ The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8()
 0.50. Importing this package registers the quantizer ``"optinfer"`` with transformers.
 """
 
-# A function may share its module's name (gptq, awq, calibrate, qat): imported here, the name is the function.
+# A function may share its module's name (gptq, awq, calibrate, qat, smoothquant): imported here, the name is the function.
 from optinfer.quantization.awq import awq
 from optinfer.quantization.bitsandbytes_format import load_bitsandbytes, save_bitsandbytes
 from optinfer.quantization.calibrate import CalibrationError, calibrate
@@ -21,6 +21,7 @@ from optinfer.quantization.qat import fake_quantize, qat
 from optinfer.quantization.quality import Agreement, Perplexity, kl_divergence, perplexity
 from optinfer.quantization.rtn import quantize_linear
 from optinfer.quantization.schemes import SCHEMES, Scheme
+from optinfer.quantization.smoothquant import smoothquant
 from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "quantize_linear",
     "save_bitsandbytes",
     "save_checkpoint",
+    "smoothquant",
 ]

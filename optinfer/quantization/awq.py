@@ -22,7 +22,16 @@ from optinfer.quantization.model import linear_layers
 from optinfer.quantization.rtn import quantize_linear
 from optinfer.quantization.tensor import QuantizedTensor
 
-__all__ = ["Scaling", "awq", "clip_weight", "fold", "gain_offset", "scaling_groups", "search_scale"]
+__all__ = [
+    "Scaling",
+    "awq",
+    "clip_weight",
+    "fold",
+    "gain_offset",
+    "scaling_groups",
+    "search_scale",
+    "unquantized_parameters",
+]
 
 ALPHAS = tuple(i / 20 for i in range(20))  # the paper's grid: s = mean|x|^alpha
 CLIPS = tuple(1 - i / 20 for i in range(10))  # 1.00, 0.95 … 0.55 of a group's largest weight
@@ -276,7 +285,7 @@ def awq(
     quantized: dict[str, QuantizedTensor] = {}
     others: dict[str, Tensor] = {}
     for layer in run:
-        before = {name: p.data.clone() for name, p in _unquantized(layer.module)}
+        before = {name: p.data.clone() for name, p in unquantized_parameters(layer.module)}
         scale_layer(layer, bits, group_size, symmetric, search_tokens, trace)
         for name, linear in layer.linears.items():
             hessian = layer.statistics[name].hessian
@@ -289,7 +298,7 @@ def awq(
                 q = quantize_linear(weight, bits, group_size, symmetric)
             layer.put(name, q)
             quantized[f"{layer.name}.{name}"] = q
-        for name, p in _unquantized(layer.module):
+        for name, p in unquantized_parameters(layer.module):
             if not torch.equal(before[name], p.data):
                 others[f"{layer.name}.{name}"] = p.data.clone()
     for name, tensor in others.items():  # the last layer is done: from here on nothing can fail
@@ -297,7 +306,7 @@ def awq(
     return install(model, quantized)
 
 
-def _unquantized(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Norm gains and biases: all parameters that are not a linear layer's weight."""
     weights = {id(linear.weight) for linear in linear_layers(layer).values()}
     return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]

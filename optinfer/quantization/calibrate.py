@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -322,10 +322,11 @@ def check_groups(model: Any, bits: int, group_size: int) -> None:
             )
 
 
-def install(model: Any, quantized: dict[str, QuantizedTensor]) -> Any:
-    """Exchange linear layers for quantized ones, in place."""
+def install(model: Any, quantized: dict[str, QuantizedTensor], threshold: float = 6.0) -> Any:
+    """Exchange linear layers for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
     for name, q in quantized.items():
         linear = model.get_submodule(name)
-        replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias))
-    mark_quantized(model, Scheme.of(next(iter(quantized.values()))), ())
+        replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+    scheme = replace(Scheme.of(next(iter(quantized.values()))), threshold=threshold)
+    mark_quantized(model, scheme, ())
     return model
