@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optinfer import bench, results
-from optinfer.bench import quantized_matmul, random_model
+from optinfer.bench import paged_attention, quantized_matmul, random_model
 from optinfer.bench.compare import compare
 from optinfer.bench.report import plot, show
 from optinfer.bench.timing import ROTATED_BYTES, copies_past_the_cache, in_turns, one_after_another
@@ -110,3 +110,16 @@ def test_random_models_weigh_what_they_should(variant):
         )
         other = sum(p.nbytes for p in full.parameters()) - linear
         assert figures["weight_bytes"] < other + linear * 0.3
+
+
+def test_paged_attention_suite_counts_and_checks(monkeypatch):
+    """A context that does not fill its last page; the figures count the keys and values of whole pages, once."""
+    rows = paged_attention.measure(2, 50, torch.float32, CPU)
+    assert [r["peer"] for r in rows] == ["contiguous", "paged: gather, then sdpa", "copy"]
+    for r in rows[:2]:
+        assert r["kv_bytes"] == 2 * 2 * 64 * 8 * 128 * 4
+        assert r["bytes_per_second"] == pytest.approx(r["kv_bytes"] / r["seconds"])
+    assert rows[0]["over_contiguous"] == 1
+    monkeypatch.setattr(paged_attention, "paged_attention", lambda q, *_, **__: q)
+    with pytest.raises(AssertionError, match="paged: gather, then sdpa differs"):
+        paged_attention.measure(1, 50, torch.float32, CPU)

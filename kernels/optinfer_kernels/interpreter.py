@@ -156,7 +156,8 @@ def _session(kernel: JITFunction) -> Iterator[_Twin]:
             triton.knobs.runtime.interpret = knob
             for space, names in spaces_before:
                 for name in space.keys() - names.keys():
-                    del space[name]
+                    if not isinstance(space[name], types.ModuleType):  # a submodule first imported meanwhile stays
+                        del space[name]
                 space.update(names)
             for cls, names in classes_before:
                 now = dict(vars(cls))

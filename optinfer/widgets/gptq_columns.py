@@ -26,7 +26,10 @@ class GptqColumns(StaticWidget):
 
     @classmethod
     def trace(cls, weight: Tensor, hessian: Tensor, bits: int = 3, damp: float = 0.01) -> GptqColumns:
-        """Run GPTQ on ``weight [out, in]`` (small, one affine grid per row) and keep every step."""
+        """Run GPTQ on ``weight [out, in]`` (small, one affine grid per row) and keep every step.
+
+        The walk alone: `gptq_quantize` afterwards takes the nearest codes in rows that came out worse than those.
+        """
         import torch
 
         from optinfer.quantization.gptq import inverse_factor

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -57,13 +58,21 @@ def softmax(x):
 
 
 def namespace(owners=None):
-    """Every name of Triton's language and of this module; pass the first answer to look at the same owners again."""
+    """Every name of Triton's language and of this module; pass the first answer to look at the same owners again.
+
+    Without the submodules, which Triton imports on first use.
+    """
     if owners is None:
         modules = [m for name, m in sys.modules.items() if name.startswith("triton.language")]
         owners = [*modules, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base, sys.modules[__name__]]
-    else:  # modules that Triton imports on first use are no change
+    else:
         owners = {owner for owner, _ in owners}
-    return {(owner, name): id(value) for owner in owners for name, value in vars(owner).items()}
+    return {
+        (owner, name): id(value)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if not isinstance(value, types.ModuleType)
+    }
 
 
 def test_library_and_helpers_are_interpreted_and_restored():
@@ -71,6 +80,17 @@ def test_library_and_helpers_are_interpreted_and_restored():
     before = namespace()
     torch.testing.assert_close(softmax(x), torch.softmax(x, 0))
     assert namespace(before) == before
+
+
+def test_a_submodule_imported_meanwhile_stays():
+    """torch.compile reads `triton.language.extra.libdevice`, which Triton itself imports on the first launch."""
+    from optinfer_kernels import interpreter
+
+    tl.extra.__dict__.pop("libdevice", None)
+    sys.modules.pop("triton.language.extra.libdevice", None)
+    with interpreter._session(softmax_kernel):
+        from triton.language.extra import libdevice  # noqa: F401
+    assert tl.extra.libdevice is sys.modules["triton.language.extra.libdevice"]
 
 
 def test_restored_after_an_error():
