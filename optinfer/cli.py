@@ -1,4 +1,4 @@
-"""The command line: ``optinfer doctor | lab | bench | quantize | export | grade | progress``."""
+"""The command line: ``optinfer doctor | lab | fetch | bench | quantize | export | grade | progress``."""
 
 import argparse
 import sys
@@ -9,8 +9,8 @@ from optinfer import __version__
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     from optinfer.errors import OptinferError
 
     try:
@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """All commands; those whose options need slow imports (torch) get them only when they are named."""
     parser = argparse.ArgumentParser(prog="optinfer", description="A course on LLM inference optimization.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -54,13 +55,20 @@ def _parser() -> argparse.ArgumentParser:
 
     grade = commands.add_parser("grade", help="score exercise notebooks in a fresh kernel")
     grade.set_defaults(command=_grade)
-    _add_grade_arguments(grade)
+    if "grade" in argv:
+        _add_grade_arguments(grade)
 
     quantize = commands.add_parser(
         "quantize", help="quantize a model and save a checkpoint that transformers and vLLM load"
     )
     quantize.set_defaults(command=_quantize)
-    _add_quantize_arguments(quantize)
+    if "quantize" in argv:
+        _add_quantize_arguments(quantize)
+
+    export = commands.add_parser("export", help="write a model, quantized or not, as a folder that others load")
+    export.set_defaults(command=_export)
+    if "export" in argv:
+        _add_export_arguments(export)
 
     progress = commands.add_parser("progress", help="which exercises are solved")
     progress.set_defaults(command=_progress)
@@ -80,15 +88,27 @@ def _grade(args: argparse.Namespace) -> int:
 
 
 def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    from optinfer.quantization.command import add_arguments
+    from optinfer.quantization.command import add_quantize_arguments
 
-    add_arguments(parser)
+    add_quantize_arguments(parser)
 
 
 def _quantize(args: argparse.Namespace) -> int:
     from optinfer.quantization.command import quantize_command
 
     return quantize_command(args)
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    from optinfer.quantization.command import add_export_arguments
+
+    add_export_arguments(parser)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from optinfer.quantization.command import export_command
+
+    return export_command(args)
 
 
 def _progress(args: argparse.Namespace) -> int:

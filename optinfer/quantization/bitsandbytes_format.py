@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optinfer.folders import new_folder
 from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import replace_module
 from optinfer.quantization.schemes import Scheme
 from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
-__all__ = ["load_bitsandbytes", "save_bitsandbytes"]
+__all__ = ["load_bitsandbytes", "save_bitsandbytes", "write_bitsandbytes"]
 
 STATE = "weight.quant_state.bitsandbytes__"
 
@@ -40,6 +39,14 @@ def save_bitsandbytes(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: the model is not quantized, or by a scheme that bitsandbytes does not have.
     """
+    path = Path(path)
+    with new_folder(path, replace=True) as folder:
+        write_bitsandbytes(model, folder)
+    return path
+
+
+def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
+    """The same into a folder that exists."""
     from huggingface_hub import save_torch_state_dict
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -60,22 +67,10 @@ def save_bitsandbytes(model: nn.Module, path: str | Path) -> Path:
 
     config = model.config.to_dict()
     config["quantization_config"] = bitsandbytes_config(next(iter(layers.values())).scheme, _left_alone(model))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        save_torch_state_dict(state, folder, metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2, default=_plain), encoding="utf-8")
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-        folder.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return path
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=_plain), encoding="utf-8")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:

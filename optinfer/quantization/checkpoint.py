@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.bitsandbytes_format import save_bitsandbytes
+from optinfer.folders import new_folder
+from optinfer.quantization.bitsandbytes_format import write_bitsandbytes
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.tensor import QuantizedTensor
 
@@ -143,7 +143,11 @@ def save_checkpoint(
     if not layers:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
     if format == "bitsandbytes":
-        return _bitsandbytes(model, target, tokenizer)
+        with new_folder(target) as folder:
+            write_bitsandbytes(model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        return target
     _check_uniform(layers, format)
     if format == "compressed-tensors" and not next(iter(layers.values())).symmetric:
         warnings.warn(
@@ -234,21 +238,6 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
     }
 
 
-def _bitsandbytes(model: Any, target: Path, tokenizer: Any) -> Path:
-    """The same promise for the format that has a writer of its own."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=_made(target.parent)) as work:
-        folder = save_bitsandbytes(model, Path(work) / target.name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        folder.rename(target)
-    return target
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Embeddings, norms, biases and heads; a tensor that several names share is stored once, under the first."""
     prefixes = tuple(f"{name}.weight" for name in layers)
@@ -268,30 +257,25 @@ def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.
 def _write(
     model: Any, target: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Any, dtype: torch.dtype | None
 ) -> Path:
-    """Write the folder under a temporary name beside `target`, then rename it."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    free = shutil.disk_usage(_made(target.parent)).free
-    if free < 1.05 * size:
-        raise CheckpointError(f"the checkpoint takes {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB free")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(target) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < 1.05 * size:
+            raise CheckpointError(
+                f"the checkpoint takes {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB free"
+            )
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         settings = json.loads(model.config.to_json_string(use_diff=False))
         settings["quantization_config"] = config
         settings["architectures"] = [type(model).__name__]
         if dtype is not None:
             settings["dtype"] = str(dtype).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(temporary)
+            model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(folder)
     return target

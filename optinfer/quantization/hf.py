@@ -3,8 +3,7 @@
     AutoModelForCausalLM.from_pretrained(path, quantization_config=OptinferConfig("nf4", double_quant=True))
 
 Importing this module registers the quantizer. A folder saved this way needs `import optinfer.quantization`
-before it
-is loaded again: transformers only warns about a method it does not know.
+before it is loaded again: transformers only warns about a method it does not know.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ METHOD = "optinfer"
 
 @register_quantization_config(METHOD)
 class OptinferConfig(QuantizationConfigMixin):
-    """How to quantize a model on load; what `quantize` takes, as a configuration that travels with a
-    checkpoint.
+    """How to quantize a model on load: what `quantize` takes, as a configuration that travels with a checkpoint.
 
     Args:
         scheme, double_quant, block_size, symmetric, threshold: see `optinfer.quantization.quantize`.
@@ -81,8 +79,7 @@ class OptinferConfig(QuantizationConfigMixin):
 class _UnquantizedLinear(QuantizedLinear):
     """A quantized layer whose `weight` still waits for the checkpoint's floating-point tensor.
 
-    The placeholder has the model's dtype because transformers 5.15 to 5.22 cast a tensor from the
-    checkpoint to the
+    The placeholder has the model's dtype because transformers 5.15 to 5.22 cast a tensor from the checkpoint to the
     dtype of the parameter it is for before they quantize it: a uint8 placeholder would destroy the weight.
     """
 
@@ -189,9 +186,7 @@ class OptinferQuantizer(HfQuantizer):
 
 
 def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Raise ValueError if safetensors files lack a tensor of a quantized layer: transformers would make one
-    up.
-    """
+    """Raise ValueError if safetensors files lack a tensor of a quantized layer: transformers would make one up."""
     from safetensors import safe_open
 
     present: set[str] = set()

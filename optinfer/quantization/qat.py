@@ -68,7 +68,7 @@ def qat(
     steps: int = 60,
     batch_size: int = 2,
     length: int = 256,
-    learning_rate: float = 5e-5,
+    learning_rate: float = 2e-4,
     progress: bool = True,
     losses: list[float] | None = None,
 ) -> Any:

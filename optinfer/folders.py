@@ -1,0 +1,36 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends and vanishes when it raises.
+
+    Args:
+        target: the name it will have; parents are made.
+        replace: whether a folder of that name gives way.
+
+    Raises:
+        FileExistsError: `target` exists and `replace` is False.
+    """
+    if target.exists() and not replace:
+        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    work.mkdir()
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():  # safetensors writes files that only their owner may read
+                file.chmod(work.stat().st_mode & 0o666)
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
