@@ -92,7 +92,7 @@ def test_a_wrong_peer_is_not_timed():
     weight = torch.randn(32, 64).bfloat16()
     wrong = weight.clone()
     wrong[3, 5] += 10
-    prepared = quantized_matmul.Prepared(lambda x: x @ wrong.T, 1, weight)
+    prepared = quantized_matmul.Prepared(lambda x: x @ wrong.T, 1, lambda: weight)
     with pytest.raises(AssertionError, match="some peer is off"):
         quantized_matmul.check("some peer", prepared, weight, torch.randn(4, 64).bfloat16())
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from optinfer import hardware
+from optinfer.bench import random_model
 from optinfer.bench.timing import copies_past_the_cache, in_turns, one_after_another
 from optinfer.quantization.gpu import as_kernel_weight
 from optinfer.quantization.linear import QuantizedLinear
@@ -28,23 +30,21 @@ Apply = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """One peer's packed copy of a weight: how to multiply with it, the bytes a product reads, and its exact value."""
+    """One peer's packed copy of a weight: how to multiply with it, the bytes a product reads, and how to restore it."""
 
     apply: Apply
     nbytes: int
-    restored: Tensor | None = None  # None: the peer's rounding is its own, only a loose check is possible
+    restore: Callable[[], Tensor] | None = None  # None: its rounding is its own, only a loose check is possible
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Rows with peer, shape, tokens, median seconds, bytes read, fraction of copy bandwidth, speed over bf16, error."""
     device = hardware.default_device()
     rows = [copy_row(device)]
-    for out_features, in_features in shapes(device, quick):
-        for tokens in tokens_of(device, quick):
-            rows += compare(out_features, in_features, tokens, device, rows[0]["bytes_per_second"], quick)
-    from optinfer.bench.random_model import run as whole_models
-
-    return rows + whole_models(quick)
+    cases = [(*shape, tokens) for shape in shapes(device, quick) for tokens in tokens_of(device, quick)]
+    for out_features, in_features, tokens in tqdm(cases, desc="quantized_matmul", unit="product"):
+        rows += compare(out_features, in_features, tokens, device, rows[0]["bytes_per_second"], quick)
+    return rows + random_model.run(quick)
 
 
 def shapes(device: torch.device, quick: bool) -> list[tuple[int, int]]:
@@ -111,7 +111,7 @@ def compare(
                 raise
             row["skipped"] = f"{type(error).__name__}: {error}".split("\n")[0][:80]
     with torch.inference_mode():
-        samples = in_turns(calls, device, repeats=5 if quick else 21)
+        samples = in_turns(calls, device, repeats=5 if quick or device.type != "cuda" else 21)
     for row in rows:
         if row["peer"] in samples:
             row["samples"] = [s / copies[row["peer"]] for s in samples[row["peer"]]]
@@ -124,10 +124,10 @@ def compare(
 
 def check(name: str, prepared: Prepared, weight: Tensor, x: Tensor) -> float:
     """Relative error of the product against float64; raises where it is more than rounding explains."""
-    restored = weight if prepared.restored is None else prepared.restored
+    restored = weight if prepared.restore is None else prepared.restore()
     expected = x.double() @ restored.double().T
     error = ((prepared.apply(x).double() - expected).norm() / expected.norm()).item()
-    limit = 0.2 if prepared.restored is None else 0.01
+    limit = 0.2 if prepared.restore is None else 0.01
     if not error <= limit:
         raise AssertionError(f"{name} is off by {error:.3g} (allowed {limit}) for {list(weight.shape)} x {len(x)}")
     return error
@@ -146,18 +146,18 @@ def copy_row(device: torch.device) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- the peers
 def _torch(weight: Tensor) -> Prepared:
     weight = weight.clone()
-    return Prepared(lambda x: F.linear(x, weight), weight.nbytes, weight)
+    return Prepared(lambda x: F.linear(x, weight), weight.nbytes, lambda: weight)
 
 
 def _optinfer(weight: Tensor, **options: Any) -> Prepared:
     layer = QuantizedLinear.from_quantized(resolve_scheme(**options).quantize(weight))
     q = layer.quantized
-    return Prepared(layer, q.nbytes, q.dequantize(torch.float32))
+    return Prepared(layer, q.nbytes, functools.partial(q.dequantize, torch.float32))
 
 
 def _restored(weight: Tensor) -> Prepared:
     q = resolve_scheme("nf4").quantize(weight)
-    return Prepared(lambda x: dequantized_matmul(x, q), q.nbytes, q.dequantize(torch.float32))
+    return Prepared(lambda x: dequantized_matmul(x, q), q.nbytes, functools.partial(q.dequantize, torch.float32))
 
 
 def _readable(weight: Tensor) -> Prepared:
@@ -166,7 +166,7 @@ def _readable(weight: Tensor) -> Prepared:
     q = resolve_scheme("nf4").quantize(weight)
     packed = as_kernel_weight(q)
     assert packed is not None
-    return Prepared(lambda x: quantized_matmul(x, packed), q.nbytes, q.dequantize(torch.float32))
+    return Prepared(lambda x: quantized_matmul(x, packed), q.nbytes, functools.partial(q.dequantize, torch.float32))
 
 
 def _tinygemm(weight: Tensor) -> Prepared:
@@ -198,7 +198,7 @@ def _gemlite(weight: Tensor) -> Prepared:
     kind = DType.BF16 if weight.dtype == torch.bfloat16 else DType.FP16
     layer = GemLiteLinear(4, 64, weight.shape[1], weight.shape[0], input_dtype=kind, output_dtype=kind)
     layer.pack(q.codes(), q.scale.reshape(-1, 1), q.zero_points().to(q.scale.dtype).reshape(-1, 1))
-    return Prepared(layer, q.nbytes, q.dequantize(torch.float32))
+    return Prepared(layer, q.nbytes, functools.partial(q.dequantize, torch.float32))
 
 
 def _bitsandbytes(weight: Tensor) -> Prepared:
@@ -207,8 +207,12 @@ def _bitsandbytes(weight: Tensor) -> Prepared:
     layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False)
     layer.to(weight.device)
-    q = resolve_scheme("nf4").quantize(weight)  # the same bytes: that is tested elsewhere
-    return Prepared(layer.eval(), q.nbytes, q.dequantize(torch.float32))
+    nbytes = layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+
+    def restore() -> Tensor:  # its bytes are ours: that is tested elsewhere
+        return resolve_scheme("nf4").quantize(weight).dequantize(torch.float32)
+
+    return Prepared(layer.eval(), nbytes, restore)
 
 
 def _linear(weight: Tensor) -> torch.nn.Linear:
