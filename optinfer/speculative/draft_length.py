@@ -55,9 +55,17 @@ class AdaptiveLength(FixedLength):
         alpha = self.acceptance(drafter)
         chosen = optimal_gamma(alpha, cost, self.verify_cost, max_gamma=self.most)
         if chosen == 0:
-            accepted, tried = self._accepted[drafter]
-            self._accepted[drafter] = (accepted + _RECOVERY * tried, tried)
+            self._trust_more(drafter)
         return chosen
+
+    def _trust_more(self, drafter: str) -> None:
+        accepted, tried = self._accepted[drafter]
+        self._accepted[drafter] = (min(tried, accepted + _RECOVERY * tried), tried)
+        if accepted >= tried and (times := self._draft_seconds.get(drafter)):
+            # Too slow even if it were never wrong: perhaps that was a busy moment, so its time is doubted as well.
+            faded = median(times) * (1 - _RECOVERY)
+            times.clear()
+            times.append(faded)
 
     def record(self, drafter: str, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
         if drafted == 0:

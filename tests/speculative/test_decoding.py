@@ -354,3 +354,20 @@ def test_adaptive_length_turns_a_bad_draft_off_and_a_good_one_up():
             break
     else:
         raise AssertionError("a drafter that was turned off must be tried again")
+
+
+def test_adaptive_length_leaves_a_draft_alone_that_is_too_slow_to_ever_pay():
+    length = AdaptiveLength(4)
+    length.record("", 0, 0, 0.0, 1.0)
+    used = 0
+    for _ in range(1000):
+        if chosen := length.choose("slow"):
+            used += 1
+            length.record("slow", chosen, chosen, 3.0 * chosen, 1.05)  # always right, and three passes for a token
+        assert 0.0 <= length.acceptance("slow") <= 1.0
+    assert 2 <= used <= 60  # now and then, in case only a busy moment made it slow
+    while not (chosen := length.choose("slow")):
+        pass
+    for _ in range(40):
+        length.record("slow", 4, 4, 0.2, 1.05)
+    assert length.choose("slow") == 4
