@@ -35,6 +35,8 @@ class AdaptiveLength(FixedLength):
         self._accepted: dict[str, tuple[float, float]] = {}  # drafter -> (accepted, tried), decayed
         self._draft_seconds: dict[str, deque[float]] = {}  # drafter -> seconds per drafted token
         self._plain: deque[float] = deque(maxlen=16)  # seconds of a pass over one token
+        self._guessed: float | None = None  # the same, from a pass over a draft, while none over one token was timed
+        self._rejected = False
         self._slope: deque[float] = deque(maxlen=16)  # seconds of each further token
 
     def acceptance(self, drafter: str) -> float:
@@ -48,15 +50,18 @@ class AdaptiveLength(FixedLength):
         return 1.0 + max(0.0, median(self._slope)) / median(self._plain) * (tokens - 1)
 
     def choose(self, drafter: str) -> int:
-        if not self._plain:
-            return 0  # the first pass after the prompt is a plain one: it is what drafting has to beat
-        times = self._draft_seconds.get(drafter)
-        cost = median(times) / median(self._plain) if times else 0.0
+        if self._rejected and not self._plain:
+            return 0  # there is a reason for doubt now: time a plain pass, which is what drafting has to beat
+        times, plain = self._draft_seconds.get(drafter), self._plain_seconds()
+        cost = median(times) / plain if times and plain else 0.0
         alpha = self.acceptance(drafter)
         chosen = optimal_gamma(alpha, cost, self.verify_cost, max_gamma=self.most)
         if chosen == 0:
             self._trust_more(drafter)
         return chosen
+
+    def _plain_seconds(self) -> float | None:
+        return median(self._plain) if self._plain else self._guessed
 
     def _trust_more(self, drafter: str) -> None:
         accepted, tried = self._accepted[drafter]
@@ -75,5 +80,7 @@ class AdaptiveLength(FixedLength):
         tried = min(accepted + 1, drafted)  # nothing is known of the tokens behind a rejected one
         self._accepted[drafter] = (_MEMORY * past_accepted + accepted, _MEMORY * past_tried + tried)
         self._draft_seconds.setdefault(drafter, deque(maxlen=16)).append(draft_seconds / drafted)
+        self._rejected |= accepted < drafted
+        self._guessed = verify_seconds / (1.0 + _PRIOR_SLOPE * drafted)
         if self._plain:
             self._slope.append((verify_seconds - median(self._plain)) / drafted)

@@ -341,7 +341,6 @@ def test_lookup_copies_the_latest_continuation():
 
 def test_adaptive_length_turns_a_bad_draft_off_and_a_good_one_up():
     length = AdaptiveLength(8)
-    assert length.choose("x") == 0  # nothing measured yet
     length.record("", 0, 0, 0.0, 1.0)
     for _ in range(10):
         chosen = length.choose("good")
@@ -354,6 +353,24 @@ def test_adaptive_length_turns_a_bad_draft_off_and_a_good_one_up():
             break
     else:
         raise AssertionError("a drafter that was turned off must be tried again")
+
+
+def test_adaptive_length_times_a_plain_pass_once_a_draft_was_wrong_and_not_before():
+    length = AdaptiveLength(8)
+    for _ in range(5):  # always right, and cheap: nothing to doubt
+        assert (chosen := length.choose("sure")) > 0
+        length.record("sure", chosen, chosen, 1e-4 * chosen, 1.0 + 0.03 * chosen)
+    assert chosen == 8
+    length.record("sure", 8, 2, 8e-4, 1.24)
+    assert length.choose("sure") == 0
+    length.record("", 0, 0, 0.0, 1.0)
+    assert length.choose("sure") > 0
+
+
+def test_adaptive_length_doubts_a_slow_draft_before_a_plain_pass_was_timed():
+    length = AdaptiveLength(8)
+    length.record("slow", 4, 4, 4 * 2.0, 1.12)  # each token took two passes
+    assert length.choose("slow") == 0
 
 
 def test_adaptive_length_leaves_a_draft_alone_that_is_too_slow_to_ever_pay():
