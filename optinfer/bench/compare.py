@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -35,9 +36,9 @@ def compare(before: Recorded, after: Recorded) -> list[dict[str, Any]]:
 
 
 def key(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What was measured: every field that is a name, a choice or a size, but for sizes that are results."""
-    found = [(k, v) for k, v in row.items() if isinstance(v, str | int) and not k.endswith("_bytes")]
-    return tuple(sorted((k, v) for k, v in found if k != "skipped"))
+    """What was measured. A row names its case first; the first measured figure, a float, ends the names."""
+    case = itertools.takewhile(lambda item: not isinstance(item[1], float), row.items())
+    return tuple(sorted((k, v) for k, v in case if isinstance(v, str | int)))
 
 
 def verdict(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -358,7 +358,8 @@ def test_adaptive_length_turns_a_bad_draft_off_and_a_good_one_up():
 def test_adaptive_length_times_a_plain_pass_once_a_draft_was_wrong_and_not_before():
     length = AdaptiveLength(8)
     for _ in range(5):  # always right, and cheap: nothing to doubt
-        assert (chosen := length.choose("sure")) > 0
+        chosen = length.choose("sure")
+        assert chosen > 0
         length.record("sure", chosen, chosen, 1e-4 * chosen, 1.0 + 0.03 * chosen)
     assert chosen == 8
     length.record("sure", 8, 2, 8e-4, 1.24)
