@@ -15,9 +15,17 @@ pytestmark = [pytest.mark.versions, pytest.mark.timeout(3600)]
 
 
 def python313() -> str | None:
+    """A Python 3.13 that runs: a version manager's stand-in on the PATH may start nothing."""
     candidates = [os.environ.get("OPTINFER_PYTHON313"), shutil.which("python3.13")]
     candidates += sorted(map(str, Path.home().glob(".pyenv/versions/3.13*/bin/python")))
-    return next((path for path in candidates if path and Path(path).is_file()), None)
+    return next((path for path in candidates if path and is_python313(path)), None)
+
+
+def is_python313(path: str) -> bool:
+    if not Path(path).is_file():
+        return False
+    done = subprocess.run([path, "--version"], capture_output=True, text=True)
+    return done.returncode == 0 and done.stdout.startswith("Python 3.13.")
 
 
 def run(*command: str | Path | float, cwd: Path) -> str:
