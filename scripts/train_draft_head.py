@@ -23,10 +23,12 @@ from optinfer import data
 from optinfer.models import cache_directory, load_model
 from optinfer.speculative.distillation import batches, distillation_loss, frequent_tokens, read_shards
 from optinfer.speculative.draft_head import SHIPPED, DraftHead, HeadDraft
+from optinfer.speculative.questions import questions
 from optinfer.speculative.self_talk import self_talk
 
 RECIPE = {
     "seed": 0,
+    "free_talk_every": 4,  # shards; in the others the user's turns are questions that we made
     "vocabulary": 8192,
     "rows_per_batch": 8,
     "held_out_rows": 16,
@@ -43,11 +45,13 @@ RECIPE = {
 def generate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model, device=arguments.device)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for shard in tqdm(range(arguments.shards), desc="self-talk", unit="shard"):
+    shards = range(arguments.first_shard, arguments.first_shard + arguments.shards)
+    for shard in tqdm(shards, desc="self-talk", unit="shard"):
         path = arguments.folder / f"shard-{shard:04d}.safetensors"
         if path.exists():
             continue
-        talk = self_talk(model, tokenizer, arguments.rows, arguments.length, seed=shard)
+        asked = None if shard % RECIPE["free_talk_every"] == 0 else questions(seed=shard)
+        talk = self_talk(model, tokenizer, arguments.rows, arguments.length, seed=shard, questions=asked)
         partial = path.with_suffix(".partial")
         save_file({name: tensor.cpu() for name, tensor in talk.items()}, partial)
         partial.rename(path)
@@ -56,7 +60,7 @@ def generate(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Until the budget of training time is spent; new shards are picked up at each epoch."""
     model, _ = load_model(arguments.model, device=arguments.device)
-    run = Run.resume(arguments.folder / "checkpoint.safetensors", model, read_shards(arguments.folder))
+    run = Run.resume(arguments.folder / "checkpoint.safetensors", model, read_shards(arguments.folder), arguments.start)
     budget = arguments.minutes * 60
     progress = tqdm(total=int(budget), initial=int(run.seconds), unit="s", desc="training")
     saved = time.monotonic()
@@ -100,13 +104,17 @@ class Run:
         self._losses: list[float] = []
 
     @classmethod
-    def resume(cls, path: Path, model: Any, shards: list[dict[str, torch.Tensor]]) -> "Run":
+    def resume(cls, path: Path, model: Any, shards: list[dict[str, torch.Tensor]], start: Path | None = None) -> "Run":
+        """From the checkpoint at ``path``; without one from the layer of the head at ``start``, or from a random one."""
         if not shards:
             raise SystemExit(f"there is no text in {path.parent}; run the generate stage first")
         if not path.exists():
             torch.manual_seed(RECIPE["seed"])
             chosen = frequent_tokens(shards, RECIPE["vocabulary"], model.config.vocab_size)
-            return cls(path, DraftHead.for_model(model, chosen))
+            head = DraftHead.for_model(model, chosen)
+            if start is not None:  # a layer does not depend on the vocabulary
+                head.load_state_dict(DraftHead.load(start).state_dict() | {"vocabulary": chosen})
+            return cls(path, head)
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = json.loads(file.metadata()["run"])
@@ -224,11 +232,13 @@ def main() -> None:
     stages = parser.add_subparsers(required=True)
     stage = stages.add_parser("generate", help="let the target talk to itself")
     stage.add_argument("--shards", type=int, default=40)
+    stage.add_argument("--first-shard", type=int, default=0, help="so that two processes can share the work")
     stage.add_argument("--rows", type=int, default=96, help="conversations per shard")
-    stage.add_argument("--length", type=int, default=256, help="tokens per conversation")
+    stage.add_argument("--length", type=int, default=192, help="tokens per conversation")
     stage.set_defaults(run=generate)
     stage = stages.add_parser("train", help="distill the head")
     stage.add_argument("--minutes", type=float, default=30.0, help="training time in all, over every resumption")
+    stage.add_argument("--start", type=Path, help="a trained head to go on from, in place of a random layer")
     stage.set_defaults(run=train)
     stage = stages.add_parser("ship", help="measure and write the result")
     stage.add_argument("--out", type=Path, default=data.root() / "data" / "drafts")

@@ -2,9 +2,11 @@
 
 A chat model that is given only the opening of a user turn writes a plausible user message (Magpie, Xu et al. 2024).
 So every row of a batch talks to itself: when the user turn ends, the assistant's header is forced in, and when the
-answer ends, the next user turn begins. Every row has the same length from first token to last: no padding, no mask.
+answer ends, the next user turn begins. Where questions are given, they take the user's turns. Every row has the same
+length from first token to last: no padding, no mask.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,11 +54,18 @@ AttentionInterface.register("optinfer_self_talk", _grouped_attention)
 
 @torch.inference_mode()
 def self_talk(
-    model: Any, tokenizer: Any, rows: int, length: int, seed: int, temperature: float = 0.9, top_k: int = 50
+    model: Any,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    seed: int,
+    temperature: float = 0.9,
+    top_k: int = 50,
+    questions: Iterator[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Let ``model`` talk to itself in ``rows`` conversations of ``length`` tokens each.
 
-    Answers of the even rows are greedy; those of the odd rows and all user turns are sampled.
+    Answers of the even rows are greedy; those of the odd rows are sampled, and so are user turns without ``questions``.
 
     Returns:
         ``tokens`` int32 [rows, length]; ``hidden`` [rows, length, hidden_size], the target's last hidden state (after
@@ -66,7 +75,10 @@ def self_talk(
     generator = torch.Generator(device).manual_seed(seed)
     opening, to_answer, to_user = _headers(tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    speakers = [_Speaker(end, to_answer, to_user) for _ in range(rows)]
+    asked = None
+    if questions is not None:
+        asked = ([*tokenizer(q, add_special_tokens=False).input_ids, end] for q in questions)
+    speakers = [_Speaker(end, to_answer, to_user, asked) for _ in range(rows)]
     greedy = torch.arange(rows, device=device) % 2 == 0
 
     tokens = torch.empty(rows, length, dtype=torch.long, device=device)
@@ -98,12 +110,12 @@ def self_talk(
 
 
 class _Speaker:
-    """Whose turn it is in one conversation, and which header tokens are still to be forced in."""
+    """Whose turn it is in one conversation, and which tokens are still to be forced in: headers, given questions."""
 
-    def __init__(self, end: int, to_answer: list[int], to_user: list[int]):
-        self.end, self.headers = end, {False: to_answer, True: to_user}
+    def __init__(self, end: int, to_answer: list[int], to_user: list[int], asked: Iterator[list[int]] | None = None):
+        self.end, self.to_answer, self.to_user, self.asked = end, to_answer, to_user, asked
         self.assistant_turn = False
-        self.forced: list[int] = []
+        self.forced: list[int] = next(asked) if asked else []
 
     @property
     def answering(self) -> bool:
@@ -112,11 +124,16 @@ class _Speaker:
     def say(self, token: int) -> int:
         """The token that is really emitted when the model chose ``token``."""
         if self.forced:
-            return self.forced.pop(0)
-        if token == self.end:
-            self.forced = list(self.headers[self.assistant_turn])
-            self.assistant_turn = not self.assistant_turn
+            token = self.forced.pop(0)
+        if token == self.end and not self.forced:
+            self._change_turn()
         return token
+
+    def _change_turn(self) -> None:
+        self.forced = list(self.to_user if self.assistant_turn else self.to_answer)
+        self.assistant_turn = not self.assistant_turn
+        if self.asked and not self.assistant_turn:
+            self.forced += next(self.asked)
 
 
 def _headers(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
