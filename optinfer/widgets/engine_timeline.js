@@ -54,7 +54,7 @@ function draw(run, step) {
     for (const row of frame.preempted) put(row, column, "preempted", `step ${column + 1}, ${run.labels[row]}: preempted`);
   });
   if (step < columns) picture.append(svg("rect", {
-    x: LABEL + step * CELL - 0.5, y: 0, width: CELL, height: run.labels.length * CELL + 2, fill: "none", stroke: "var(--oi-fg)", "stroke-width": 1,
+    x: LABEL + step * CELL - 0.5, y: 0.5, width: CELL, height: run.labels.length * CELL + 1, fill: "none", stroke: "var(--oi-fg)", "stroke-width": 1,
   }));
   return picture;
 }
@@ -63,7 +63,8 @@ function facts(run, step) {
   const frame = run.frames[Math.min(step, run.frames.length - 1)];
   const tokens = frame.cells.reduce((sum, cell) => sum + cell.tokens + cell.drafted, 0);
   const over = step >= run.frames.length ? " (finished)" : "";
-  return `${run.name}${over}: ${tokens} tokens in ${frame.ms} ms · ${frame.running} running, ${frame.waiting} waiting · ${frame.used} of ${run.blocks} blocks`;
+  const count = tokens === 1 ? "1 token" : `${tokens} tokens`;
+  return `${run.name}${over}: ${count} in ${frame.ms.toLocaleString("en-US", { maximumSignificantDigits: 3 })} ms · ${frame.running} running, ${frame.waiting} waiting · ${frame.used} of ${run.blocks} blocks`;
 }
 
 function render({ model, el }) {
@@ -74,12 +75,12 @@ function render({ model, el }) {
 
   const legend = element("div", { class: "oi-row oi-muted" });
   for (const { color, letter, name } of Object.values(KINDS)) {
-    const swatch = element("span", { style: `display:inline-block;width:14px;height:14px;border-radius:2px;background:${color};color:#000;font-size:10px;line-height:14px;text-align:center;margin-right:4px` }, letter);
+    const swatch = element("span", { style: `display:inline-block;width:14px;height:14px;border-radius:2px;background:${color};color:#000;font-size:10px;line-height:14px;text-align:center;margin-right:4px;vertical-align:middle` }, letter);
     legend.append(element("span", {}, swatch, name));
   }
   root.append(legend);
 
-  const slider = element("input", { type: "range", min: 0, max: last, value: 0, "aria-label": "step", style: "flex:1" });
+  const slider = element("input", { type: "range", min: 0, max: last, value: 0, "aria-label": "step" });
   const button = (label, text, action) => {
     const node = element("button", { "aria-label": label }, text);
     node.addEventListener("click", action);
@@ -91,10 +92,10 @@ function render({ model, el }) {
     paint();
   };
   let timer = null;
-  const play = button("play", "play", () => {
-    if (timer) { clearInterval(timer); timer = null; play.textContent = "play"; return; }
+  const play = button("play", "▶ Play", () => {
+    if (timer) { clearInterval(timer); timer = null; play.textContent = "▶ Play"; return; }
     if (model.get("step") === last) show(0);
-    play.textContent = "pause";
+    play.textContent = "❚❚ Pause";
     timer = setInterval(() => {
       show(model.get("step") + 1);
       if (model.get("step") === last) play.click();

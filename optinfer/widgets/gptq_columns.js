@@ -16,18 +16,20 @@ function shape(tag, attributes, text) {
   return node;
 }
 
+const digits = (x) => x.toLocaleString("en-US", { maximumSignificantDigits: 3 });
+
 function render({ model, el }) {
   const frames = model.get("frames");
   const original = model.get("original");
   const rows = original.length, columns = original[0].length;
-  const W = 640, cell = Math.min(44, (W - 20) / columns), high = 120;
+  const cell = Math.min(44, 620 / columns), W = 20 + columns * cell, high = 110;
   let at = 0; // columns rounded so far
 
-  const svg = shape("svg", { viewBox: `0 0 ${W} ${rows * cell + high + 40}`, width: "100%", role: "img", "aria-label": "Weights by column: quantized, and the error moved to the columns not yet quantized" });
+  const svg = shape("svg", { viewBox: `0 0 ${W} ${rows * cell + high + 40}`, style: `display:block;width:100%;max-width:${W}px`, role: "img", "aria-label": "Weights by column: quantized, and the error moved to the columns not yet quantized" });
   const text = element("div", { class: "oi-muted", "aria-live": "polite" });
   const slider = element("input", { type: "range", min: 0, max: columns, value: 0, "aria-label": "columns rounded" });
-  const back = element("button", { type: "button", "aria-label": "previous column" }, "←");
-  const next = element("button", { type: "button", class: "oi-primary", "aria-label": "round the next column" }, "Round the next column →");
+  const back = element("button", { type: "button", "aria-label": "previous column" }, "◀");
+  const next = element("button", { type: "button", class: "oi-primary", "aria-label": "round the next column" }, "Round the next column ▶");
   el.append(element("div", { class: "oi" },
     element("h4", {}, "GPTQ: the error moves to the columns not yet rounded"),
     svg, element("div", { class: "oi-row" }, back, slider, next), text));
@@ -57,7 +59,7 @@ function render({ model, el }) {
     svg.append(shape("text", { x: 10, y: rows * cell + high + 36, "font-size": 12, fill: "var(--oi-fg)" },
       "output error: GPTQ solid, blue; round to nearest dashed, gray"));
     text.textContent = at
-      ? `Column ${at} of ${columns} rounded. Output error so far: GPTQ ${frame.error.toPrecision(3)}, nearest ${frame.nearest.toPrecision(3)}. ` +
+      ? `Column ${at} of ${columns} rounded. Output error so far: GPTQ ${digits(frame.error)}, nearest ${digits(frame.nearest)}. ` +
         "Blue weights were moved up to make up for it, orange ones down."
       : "Nothing is rounded yet.";
     slider.value = at;

@@ -639,7 +639,7 @@ function render({ model, el }) {
       usageBar("contiguous", other), usageBar("pages", paged), legend());
   }
 
-  const KINDS = [["used", "hold tokens"], ["reserved", "reserved for later"], ["internal", "never used"], ["external", "free, but useless to who waits"], ["free", "free"]];
+  const KINDS = [["used", "hold tokens"], ["reserved", "reserved for later"], ["internal", "never used"], ["external", "free, but useless to those who wait"], ["free", "free"]];
   const usageBar = (name, usage) => {
     const taken = usage.total - usage.free;
     const share = taken ? Math.round((100 * usage.used) / taken) : 100;

@@ -95,8 +95,8 @@ function render({ model, el }) {
     element("h4", {}, "Number-format inspector"),
     element("div", { class: "oi-row" }, element("label", {}, "number ", number), outlier, reset, element("label", {}, "block of ", picker)),
     cells, caption, legend,
-    element("div", { class: "oi-nf-scroll", tabindex: "0", role: "region", "aria-label": "The number in every format" }, element("table", { class: "oi-nf-table" },
-      element("thead", {}, element("tr", {}, ...["format", "bits", "stored as", "its error", "error of the block (RMS)"].map((t) => element("th", { scope: "col" }, t)))),
+    element("div", { class: "oi-wide", tabindex: "0", role: "region", "aria-label": "The number in every format" }, element("table", { class: "oi-nf-table" },
+      element("thead", {}, element("tr", {}, ...["format", "bits", "stored as", "its error", "its block's error (RMS)"].map((t) => element("th", { scope: "col" }, t)))),
       body)));
   el.append(root);
 
@@ -134,9 +134,13 @@ function render({ model, el }) {
       const error = value === 0 ? 0 : Math.abs(own.value - value) / Math.abs(value);
       const norm = Math.sqrt(list.reduce((s, v) => s + v * v, 0));
       const wrong = Math.sqrt(list.reduce((s, v) => s + (encode(v, format, absmax).value - v) ** 2, 0));
-      const how = own.code === undefined ? short(own.value) : `${format.kind === "integer" ? own.code : Number(format.table[own.code].toPrecision(4))} × ${Number(own.scale.toPrecision(4))} = ${Number(own.value.toPrecision(4))}`;
+      const stored = element("td", { class: "oi-mono" }, own.code === undefined ? short(own.value) : String(Number(own.value.toPrecision(4))));
+      if (own.code !== undefined) {
+        const level = format.kind === "integer" ? own.code : Number(format.table[own.code].toPrecision(4));
+        stored.append(element("small", {}, `${level} × ${Number(own.scale.toPrecision(4))}`));
+      }
       return element("tr", {}, element("th", { scope: "row" }, `${format.name}`), element("td", {}, bits(own.fields)),
-        element("td", { class: "oi-mono" }, how), errorCell(error), errorCell(norm ? wrong / norm : 0));
+        stored, errorCell(error), errorCell(norm ? wrong / norm : 0));
     }));
   }
 

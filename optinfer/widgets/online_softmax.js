@@ -6,7 +6,7 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-const number = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits) : x > 0 ? "inf" : "-inf");
+const number = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits).replace(/^-(0[.0]*)$/, "$1") : x > 0 ? "inf" : "-inf");
 
 function render({ model, el }) {
   const scores = model.get("scores");
@@ -25,13 +25,13 @@ function render({ model, el }) {
     model.save_changes();
     draw();
   };
-  const stop = () => { clearInterval(timer); timer = null; play.textContent = "▶ play"; };
-  const back = button("◀ back", "previous tile", () => { stop(); go(model.get("step") - 1); });
-  const next = button("next ▶", "next tile", () => { stop(); go(model.get("step") + 1); });
-  const play = button("▶ play", "play or pause", () => {
+  const stop = () => { clearInterval(timer); timer = null; play.textContent = "▶ Play"; };
+  const back = button("◀ Back", "previous tile", () => { stop(); go(model.get("step") - 1); });
+  const next = button("Next ▶", "next tile", () => { stop(); go(model.get("step") + 1); });
+  const play = button("▶ Play", "play or pause", () => {
     if (timer) return stop();
     if (model.get("step") >= frames.length) go(0);
-    play.textContent = "❚❚ pause";
+    play.textContent = "❚❚ Pause";
     timer = setInterval(() => { go(model.get("step") + 1); if (model.get("step") >= frames.length) stop(); }, 1400);
   });
   const slider = element("input", { type: "range", min: 0, max: frames.length, "aria-label": "tiles taken in" });

@@ -46,7 +46,8 @@ function render({ model, el }) {
     element("span", {}, element("span", { class: "sw kept" }), "accepted from the draft: min(p, q)"),
     element("span", {}, element("span", { class: "sw left" }), "redrawn after a rejection: what is left of p"));
   el.append(element("div", { class: "oi oi-rej" }, element("h4", {}, "Drag p and q"),
-    element("table", {}, element("thead", {}, head), body), legend, verdict));
+    element("div", { class: "oi-wide", tabindex: "0", role: "region", "aria-label": "p, q and what is emitted" },
+      element("table", {}, element("thead", {}, head), body)), legend, verdict));
 
   function draw() {
     const { p, q, accepted, accept, redrawn } = law(model.get("target"), model.get("draft"));
@@ -60,7 +61,7 @@ function render({ model, el }) {
       row.out.textContent = `${accepted[i].toFixed(3)} + ${redrawn[i].toFixed(3)} = ${(accepted[i] + redrawn[i]).toFixed(3)}`;
       worst = Math.max(worst, Math.abs(accepted[i] + redrawn[i] - p[i]));
     });
-    verdict.textContent = `Accepted ${(100 * accept).toFixed(1)} % of the time. Largest difference between the emitted law and p: ${worst.toExponential(0)}`;
+    verdict.textContent = `Accepted ${(100 * accept).toFixed(1)} % of the time. Largest difference between the emitted law and p: ${worst ? worst.toExponential(0) : "none"}`;
   }
   ["target", "draft"].forEach((t) => model.on(`change:${t}`, draw));
   draw();

@@ -20,8 +20,8 @@ class RejectionExplorer(StaticWidget):
     _esm = Path(__file__).with_suffix(".js")
     _widget_css = """
 .oi-rej table { width: 100%; color: inherit; } .oi-rej td { white-space: nowrap; }
-.oi-rej td { vertical-align: middle; } .oi-rej input { width: 100px; }
-.oi-rej .bar { display: flex; height: 16px; width: 160px; background: var(--oi-panel); border-radius: 3px; overflow: hidden; }
+.oi-rej td { vertical-align: middle; } .oi-rej input { width: 90px; }
+.oi-rej .bar { display: flex; height: 16px; width: 130px; background: var(--oi-panel); border-radius: 3px; overflow: hidden; }
 .oi-rej .kept { background: var(--oi-green); } .oi-rej .left { background: var(--oi-orange); }
 .oi-rej .sw { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 4px; }
 """

@@ -14,11 +14,11 @@ function render({ model, el }) {
   let timer = null;
   const go = (to) => { model.set("step", Math.max(0, Math.min(rounds.length, to))); model.save_changes(); };
   const button = (label, name, action) => { const b = element("button", { "aria-label": name }, label); b.onclick = action; return b; };
-  const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
-  const play = button("Play", "play or pause", () => {
+  const stop = () => { clearInterval(timer); timer = null; play.textContent = "▶ Play"; };
+  const play = button("▶ Play", "play or pause", () => {
     if (timer) { stop(); return; }
     if (model.get("step") >= rounds.length) go(0);
-    play.textContent = "Pause";
+    play.textContent = "❚❚ Pause";
     timer = setInterval(() => { if (model.get("step") >= rounds.length) stop(); else go(model.get("step") + 1); }, 700);
   });
   const slider = element("input", { type: "range", min: 0, max: rounds.length, "aria-label": "pass" });

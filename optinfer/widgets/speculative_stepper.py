@@ -25,7 +25,7 @@ class SpeculativeStepper(StaticWidget):
 .oi-spec .no { border-color: var(--oi-red); text-decoration: line-through; box-shadow: inset 0 -3px var(--oi-red); }
 .oi-spec .unseen { border: 1px dashed var(--oi-muted); color: var(--oi-muted); text-decoration: line-through; }
 .oi-spec .own { border-color: var(--oi-blue); box-shadow: inset 0 -3px var(--oi-blue); }
-.oi-spec .text { min-height: 90px; }
+.oi-spec .text { min-height: 90px; margin-top: 8px; }
 """
     rounds = traitlets.List().tag(sync=True)
     prompt = traitlets.Unicode("").tag(sync=True)

@@ -111,7 +111,7 @@ def test_play_and_what_is_said(page: Page, engines: dict[str, Engine]) -> None:
     page.get_by_role("button", name="play").click()
     longest = max(len(engine.log) for engine in engines.values())
     expect(page.locator("[aria-live]")).to_have_text(f"step {longest} of {longest}", timeout=30_000)
-    expect(page.get_by_role("button", name="play")).to_have_text("play")
+    expect(page.get_by_role("button", name="play")).to_have_text("▶ Play")
     titles = page.locator("svg").first.locator("rect title").all_text_contents()
     accepted = [t for t in titles if "drafts accepted" in t]
     preempted = [t for t in titles if t.endswith("preempted")]
