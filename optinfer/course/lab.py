@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,4 +55,6 @@ def open_lab(folder: str | os.PathLike[str] | None = None, browser: bool = True,
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
+    if os.name == "nt":  # there exec would give the console back while JupyterLab still runs
+        return subprocess.call(command)
     os.execv(sys.executable, command)
