@@ -127,6 +127,9 @@ def examine() -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> Table:
-    rows = tuple((f.name, f.value, ("MUST FIX: " if f.fatal else "") + f.fix) for f in findings)
+    """One line for each finding; what to do about it follows an arrow."""
+    rows = tuple(
+        (f.name, f.value + (" -> " if f.fix else "") + ("MUST FIX: " if f.fatal else "") + f.fix) for f in findings
+    )
     fatal = any(f.fatal for f in findings)
-    return Table(("what", "here", "to do"), rows, "The course cannot run yet." if fatal else "The course can run.")
+    return Table(("what", "here"), rows, "The course cannot run yet." if fatal else "The course can run.")
