@@ -148,7 +148,7 @@ def default_modes(model: Any) -> dict[str, dict[str, Any]]:
     except (OptinferError, ValueError):
         return modes
     modes["head"] = ours(head, 4)
-    modes["lookup then head"] = ours(ChainDraft([PromptLookupDraft(), head]))
+    modes["lookup then head"] = ours(ChainDraft([PromptLookupDraft(min_ngram=2), head]))
     return modes
 
 

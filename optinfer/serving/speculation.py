@@ -220,7 +220,7 @@ def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int
     Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
     """
     if draft == "prompt_lookup":
-        draft = PromptLookupDraft()
+        draft = PromptLookupDraft(min_ngram=2)  # a full batch has no idle arithmetic for long shots
     if not isinstance(draft, Draft):
         raise ValueError(f"draft must be None, 'prompt_lookup' or an optinfer.speculative drafter, got {draft!r}")
     if isinstance(draft, ModelDraft):

@@ -64,7 +64,7 @@ def speculative_decoding(
     while not finished:
         room = longest - input_ids.shape[1] - 1  # the target adds one token to every draft
         with _timed() as drafting:
-            member, proposal = _propose(draft, input_ids, length, room, sampler)
+            member, evidence, proposal = _propose(draft, input_ids, length, room, sampler)
         with _timed() as verifying:
             already = cached_tokens(cache)
             text = torch.cat([input_ids, proposal.tokens[None]], dim=1)
@@ -79,7 +79,7 @@ def speculative_decoding(
                 for other in draft.members:
                     other.observe(draft_sees)
             if statistics.rounds:
-                length.record(member, len(proposal), accepted, drafting[0], verifying[0])
+                length.record(member, len(proposal), accepted, drafting[0], verifying[0], evidence)
         _account(statistics, drafting, verifying, rest)
         statistics.rounds.append(Round(member, proposal.tokens.tolist(), accepted, emitted.tolist()))
 
@@ -96,14 +96,18 @@ def _streamer_of_generate() -> Any:
     return caller.f_locals.get("streamer") if caller.f_code.co_name == "generate" else None
 
 
-def _propose(draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler) -> tuple[str, Proposal]:
-    """The first member of the chain that has something to say, and what it says."""
+def _propose(
+    draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler
+) -> tuple[str, int | None, Proposal]:
+    """The first member of the chain that has something to say, its evidence, and what it says."""
     for member in draft.members:
-        name = type(member).__name__
-        most = min(length.choose(name), room, member.max_tokens or room)
+        name, evidence = type(member).__name__, member.evidence(input_ids)
+        if evidence == 0:
+            continue
+        most = min(length.choose(name, evidence), room, member.max_tokens or room)
         if most > 0 and len(proposal := member.propose(input_ids, most, sampler)):
-            return name, proposal
-    return "", Proposal(input_ids.new_empty(0))
+            return name, evidence, proposal
+    return "", None, Proposal(input_ids.new_empty(0))
 
 
 def _target_pass(
@@ -165,7 +169,7 @@ def _as_draft(draft: Any, model: Any) -> Draft:
         from optinfer.speculative.draft_head import HeadDraft
 
         head = HeadDraft.shipped()
-        return head if draft == "head" else ChainDraft([PromptLookupDraft(), head])
+        return head if draft == "head" else ChainDraft([PromptLookupDraft(min_ngram=2), head])
     raise ValueError(f"draft must be a drafter, a model, a list of them, or one of {_NAMED}; got {draft!r}")
 
 

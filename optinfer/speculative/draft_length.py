@@ -3,11 +3,11 @@
 from collections import deque
 from statistics import median
 
-from optinfer.speculative.theory import optimal_gamma
-
-_PRIOR_ACCEPTANCE = 0.6  # before anything is known of a drafter
-_MEMORY = 0.85  # weight of the past against the newest round
-_RECOVERY = 0.02  # a drafter that was turned off is trusted a little more each round, so it is tried again
+_PRIOR_ACCEPTANCE = 0.6  # of a drafter that shows no evidence, before anything is known of it
+_PRIOR_HAZARD = 0.2  # after m matching tokens a copy ends with chance 1 / (m + this): near what our prompts show
+_MOST_EVIDENCE = 16  # more matching tokens than this are not told apart
+_MEMORY = 0.95  # weight of the past against the newest token
+_RETRIES = 0.02  # share of the time that may go into trying a draft that was turned off: texts and machines change
 _PRIOR_SLOPE = 0.03  # cost of one more verified token, in passes, before it was measured
 
 
@@ -17,70 +17,109 @@ class FixedLength:
     def __init__(self, most: int):
         self.most = most
 
-    def choose(self, drafter: str) -> int:
+    def choose(self, drafter: str, evidence: int | None = None) -> int:
         return self.most
 
-    def record(self, drafter: str, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
+    def record(
+        self,
+        drafter: str,
+        drafted: int,
+        accepted: int,
+        draft_seconds: float,
+        verify_seconds: float,
+        evidence: int | None = None,
+    ) -> None:
         pass
 
 
 class AdaptiveLength(FixedLength):
     """The length with the best expected speed, from each drafter's recent acceptance and the measured times.
 
+    Acceptance is counted by *evidence*, where a drafter has some. A lookup that found the last m tokens earlier in the
+    text has evidence m, and m + 1 once its first token was right: a copy that went well for long goes on. So one table
+    says how far to trust a fresh match of one token and a run of twenty. A drafter without evidence has one acceptance
+    for every position, Leviathan's alpha.
+
     The times decide only how much is drafted, never which tokens: the output's law does not depend on them.
     """
 
     def __init__(self, most: int):
         super().__init__(most)
-        self._accepted: dict[str, tuple[float, float]] = {}  # drafter -> (accepted, tried), decayed
+        self._accepted: dict[tuple[str, int], tuple[float, float]] = {}  # accepted and tried, decayed
         self._draft_seconds: dict[str, deque[float]] = {}  # drafter -> seconds per drafted token
         self._plain: deque[float] = deque(maxlen=16)  # seconds of a pass over one token
         self._guessed: float | None = None  # the same, from a pass over a draft, while none over one token was timed
         self._rejected = False
+        self._earned: dict[str, float] = {}  # drafter -> passes it may spend on a try, while it is turned off
         self._slope: deque[float] = deque(maxlen=16)  # seconds of each further token
 
-    def acceptance(self, drafter: str) -> float:
-        accepted, tried = self._accepted.setdefault(drafter, (_PRIOR_ACCEPTANCE, 1.0))
+    def acceptance(self, drafter: str, evidence: int | None = None, position: int = 0) -> float:
+        """The chance that the drafted token at ``position`` is right when those before it were."""
+        accepted, tried = self._counts(drafter, _level(evidence, position))
         return accepted / tried
 
-    def verify_cost(self, tokens: int) -> float:
-        """A pass over ``tokens`` tokens, in passes over one."""
-        if not self._plain or not self._slope:
-            return 1.0 + _PRIOR_SLOPE * (tokens - 1)
-        return 1.0 + max(0.0, median(self._slope)) / median(self._plain) * (tokens - 1)
-
-    def choose(self, drafter: str) -> int:
+    def choose(self, drafter: str, evidence: int | None = None) -> int:
+        """The number of tokens with the largest expected speed-up; 0 where none exceeds 1."""
         if self._rejected and not self._plain:
             return 0  # there is a reason for doubt now: time a plain pass, which is what drafting has to beat
-        times, plain = self._draft_seconds.get(drafter), self._plain_seconds()
-        cost = median(times) / plain if times and plain else 0.0
-        alpha = self.acceptance(drafter)
-        chosen = optimal_gamma(alpha, cost, self.verify_cost, max_gamma=self.most)
-        if chosen == 0:
-            self._trust_more(drafter)
-        return chosen
+        per_token = self._draft_cost(drafter) + self._verify_slope()  # in plain passes
+        best, best_speed, survival, tokens = 0, 1.0, 1.0, 1.0
+        for gamma in range(1, self.most + 1):
+            survival *= self.acceptance(drafter, evidence, gamma - 1)
+            tokens += survival
+            if (speed := tokens / (1.0 + gamma * per_token)) > best_speed:
+                best, best_speed = gamma, speed
+        return best or self._try_again(drafter, per_token)
 
-    def _plain_seconds(self) -> float | None:
-        return median(self._plain) if self._plain else self._guessed
-
-    def _trust_more(self, drafter: str) -> None:
-        accepted, tried = self._accepted[drafter]
-        self._accepted[drafter] = (min(tried, accepted + _RECOVERY * tried), tried)
-        if accepted >= tried and (times := self._draft_seconds.get(drafter)):
-            # Too slow even if it were never wrong: perhaps that was a busy moment, so its time is doubted as well.
-            faded = median(times) * (1 - _RECOVERY)
-            times.clear()
-            times.append(faded)
-
-    def record(self, drafter: str, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
+    def record(
+        self,
+        drafter: str,
+        drafted: int,
+        accepted: int,
+        draft_seconds: float,
+        verify_seconds: float,
+        evidence: int | None = None,
+    ) -> None:
+        """What a round brought. Of the tokens behind a rejected one nothing is known."""
         if drafted == 0:
             self._plain.append(verify_seconds)
             return
-        past_accepted, past_tried = self._accepted.setdefault(drafter, (_PRIOR_ACCEPTANCE, 1.0))
-        tried = min(accepted + 1, drafted)  # nothing is known of the tokens behind a rejected one
-        self._accepted[drafter] = (_MEMORY * past_accepted + accepted, _MEMORY * past_tried + tried)
+        for position in range(min(accepted + 1, drafted)):
+            level = _level(evidence, position)
+            right, tried = self._counts(drafter, level)
+            self._accepted[drafter, level] = (_MEMORY * right + (position < accepted), _MEMORY * tried + 1)
         self._draft_seconds.setdefault(drafter, deque(maxlen=16)).append(draft_seconds / drafted)
         self._rejected |= accepted < drafted
         self._guessed = verify_seconds / (1.0 + _PRIOR_SLOPE * drafted)
         if self._plain:
             self._slope.append((verify_seconds - median(self._plain)) / drafted)
+
+    def _try_again(self, drafter: str, per_token: float) -> int:
+        """One token, once the passes without a draft have earned what it costs; 0 before."""
+        self._earned[drafter] = self._earned.get(drafter, 0.0) + _RETRIES
+        if self._earned[drafter] < per_token:
+            return 0
+        self._earned[drafter] = 0.0
+        return 1
+
+    def _counts(self, drafter: str, level: int) -> tuple[float, float]:
+        prior = 1 - 1 / (level + _PRIOR_HAZARD) if level else _PRIOR_ACCEPTANCE
+        return self._accepted.setdefault((drafter, level), (prior, 1.0))
+
+    def _draft_cost(self, drafter: str) -> float:
+        times, plain = self._draft_seconds.get(drafter), self._plain_seconds()
+        return median(times) / plain if times and plain else 0.0
+
+    def _verify_slope(self) -> float:
+        """What each further token adds to a pass, in passes over one."""
+        if not self._plain or not self._slope:
+            return _PRIOR_SLOPE
+        return max(0.0, median(self._slope)) / median(self._plain)
+
+    def _plain_seconds(self) -> float | None:
+        return median(self._plain) if self._plain else self._guessed
+
+
+def _level(evidence: int | None, position: int) -> int:
+    """Where a drafted token is counted: every right token before it is more evidence. 0: together with all others."""
+    return 0 if evidence is None else min(evidence + position, _MOST_EVIDENCE)

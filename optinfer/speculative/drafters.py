@@ -5,6 +5,7 @@ every token. So a drafter keeps no promise but one: when it draws its tokens at 
 """
 
 import copy
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,13 @@ class Draft:
         Raises:
             ValueError: this drafter cannot draft for this target.
         """
+
+    def evidence(self, input_ids: Tensor) -> int | None:
+        """How many tokens at the end of the text speak for what `propose` would say: more is surer, 0 is nothing.
+
+        None for a drafter that cannot tell without drafting.
+        """
+        return None
 
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
         """Up to ``num_tokens`` tokens that may follow ``input_ids`` [1, length]; none when it has nothing to say."""
@@ -214,14 +222,22 @@ class TextDraft(Draft):
 
 
 class PromptLookupDraft(Draft):
-    """The text itself: find the last place where the current n-gram occurred and copy what followed (Saxena 2023).
+    """The text itself: find where the current n-gram occurred before and copy what followed (Saxena 2023).
+
+    The longest n-gram that occurred counts, and its length is the evidence. Of several places it takes the one where
+    reading goes on: the first behind the last guess that came true. A finger under that token moves with the text, so a
+    changed word does not lose the place. Without such a place it takes the latest.
+
+    One matching token is rarely enough to be right, but where a pass over a few more tokens costs little it pays;
+    `AdaptiveLength` finds out whether it does.
 
     Args:
         max_ngram: the longest n-gram tried, first.
-        min_ngram: the shortest; 1 drafts more often and is wrong more often.
+        min_ngram: the shortest; 1 drafts more often and is wrong more often. Take 2 where another drafter is asked next
+            or where the length is fixed.
     """
 
-    def __init__(self, max_ngram: int = 3, min_ngram: int = 2):
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 1):
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"1 <= min_ngram <= max_ngram must hold, got {min_ngram} and {max_ngram}")
         self.sizes = range(max_ngram, min_ngram - 1, -1)
@@ -229,28 +245,57 @@ class PromptLookupDraft(Draft):
 
     def _new_text(self) -> None:
         self._text: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest continuation starts
+        self._follows: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where its continuations start, ascending
+        self._match = (0, 0)  # of the n-gram at the end of the text: its length, where its continuation starts
+        self._finger: int | None = None  # the place in the text that is being copied
 
     def bind(self, target: Any) -> None:
         self._new_text()
 
+    def evidence(self, input_ids: Tensor) -> int:
+        self._read(input_ids[0].tolist())
+        return self._match[0]
+
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
-        text = input_ids[0].tolist()
-        if text[: len(self._text)] != self._text:
+        self._read(input_ids[0].tolist())
+        size, start = self._match
+        if size == 0:
+            return Proposal(input_ids.new_empty(0))
+        copied = self._text[start : start + num_tokens]
+        while len(copied) < num_tokens:  # the match overlaps the end: the text repeats itself
+            copied += self._text[start : start + num_tokens - len(copied)]
+        return Proposal(input_ids.new_tensor(copied))
+
+    def _read(self, text: list[int]) -> None:
+        """Take in what was added to the text, and find the n-gram at its end."""
+        if text == self._text:
+            return
+        known = len(self._text)
+        if text[:known] != self._text:
             self._new_text()
+            known = 0
+        self._move_finger(text[known:])
         # Index every n-gram that something follows; the one at the very end is what we look for.
-        for end in range(max(1, len(self._text)), len(text)):
+        for end in range(max(1, known), len(text)):
             for size in self.sizes:
                 if size <= end:
-                    self._follows[tuple(text[end - size : end])] = end
-        self._text = text
+                    self._follows.setdefault(tuple(text[end - size : end]), []).append(end)
+        self._text, self._match = text, (0, 0)
         for size in self.sizes:
-            if (start := self._follows.get(tuple(text[-size:]))) is not None and size <= len(text):
-                copied = text[start : start + num_tokens]
-                while len(copied) < num_tokens:  # the match overlaps the end: the text repeats itself
-                    copied += text[start : start + num_tokens - len(copied)]
-                return Proposal(input_ids.new_tensor(copied))
-        return Proposal(input_ids.new_empty(0))
+            if size <= len(text) and (places := self._follows.get(tuple(text[-size:]))):
+                self._match = size, self._where_reading_goes_on(places)
+                return
+
+    def _move_finger(self, added: list[int]) -> None:
+        size, start = self._match
+        if size and added[0] == self._text[start]:
+            self._finger = start  # the guess came true
+        if self._finger is not None:
+            self._finger += len(added)
+
+    def _where_reading_goes_on(self, places: list[int]) -> int:
+        next_one = len(places) if self._finger is None else bisect_left(places, self._finger)
+        return places[next_one] if next_one < len(places) else places[-1]
 
 
 class ChainDraft(Draft):

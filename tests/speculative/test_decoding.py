@@ -339,6 +339,42 @@ def test_lookup_copies_the_latest_continuation():
     assert draft.propose(torch.tensor([[8, 8, 8]]), 3, None).tokens.tolist() == [8, 8, 8]
 
 
+def test_lookup_goes_on_where_it_was_reading():
+    """Between two places with the same words, the finger decides: a changed word (50 for 2) does not lose the place."""
+    source = [1, 2, 3, 4, 5, 6, 3, 9, 9, 9]
+    draft = PromptLookupDraft(2, 1)
+    assert draft.evidence(torch.tensor([[*source, 1]])) == 1
+    assert draft.propose(torch.tensor([[*source, 1]]), 2, None).tokens.tolist() == [2, 3]
+    text = torch.tensor([[*source, 1, 2, 50, 4, 5]])  # 2 was right, 50 was not
+    assert draft.propose(text[:, :-2], 2, None).tokens.tolist() == []  # 50 is new
+    assert draft.evidence(text[:, :-1]) == 1
+    assert draft.propose(text, 3, None).tokens.tolist() == [6, 3, 9]
+    again = torch.cat([text, torch.tensor([[7, 3]])], dim=1)
+    assert draft.propose(again, 2, None).tokens.tolist() == [9, 9]  # the second 3: the first lies behind the finger
+
+
+def test_lookup_is_the_longest_ngram_and_its_length_the_evidence():
+    draft = PromptLookupDraft(3, 1)
+    text = torch.tensor([[1, 2, 3, 40, 9, 3, 50, 1, 2, 3]])
+    assert draft.evidence(text) == 3 and draft.propose(text, 1, None).tokens.tolist() == [40]
+    assert draft.evidence(torch.tensor([[7, 8]])) == 0 and ModelDraft(None).evidence(text) is None
+
+
+def test_adaptive_length_trusts_a_longer_match_more_and_learns_by_match():
+    length = AdaptiveLength(8)
+    chances = [length.acceptance("lookup", matched) for matched in range(1, 6)]
+    assert chances == sorted(chances)
+    assert length.acceptance("lookup", 2, position=3) == length.acceptance("lookup", 5)
+    assert length.acceptance("model") == length.acceptance("model", None, position=3)
+    length.record("", 0, 0, 0.0, 1.0)
+    for _ in range(40):
+        length.record("lookup", 1, 0, 1e-4, 1.1, 1)  # one matching token is never enough in this text
+        length.record("lookup", 3, 3, 3e-4, 1.3, 2)  # two always are
+    tried = [length.choose("lookup", 1) for _ in range(100)]
+    assert set(tried) == {0, 1} and sum(tried) * 0.1 <= 0.02 * 100  # a tenth of a pass each, 2 % of the passes in all
+    assert length.choose("lookup", 2) == 8
+
+
 def test_adaptive_length_turns_a_bad_draft_off_and_a_good_one_up():
     length = AdaptiveLength(8)
     length.record("", 0, 0, 0.0, 1.0)
