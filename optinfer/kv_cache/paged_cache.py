@@ -148,6 +148,7 @@ class PagedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row (transformers counts them negative)."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.15 and 5.17 pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must not be positive, got {tokens_to_remove}")
         keep = self.get_seq_length() + tokens_to_remove

@@ -62,6 +62,20 @@ def test_logits_are_equal_bit_for_bit(tiny_model):
             assert torch.equal(a, b)
 
 
+def test_crop_by_a_tensor(tiny_model):
+    """Some versions of transformers count the tokens to remove in a tensor; no two layers may come to share it."""
+    tokens = torch.randint(0, 101, (1, 12))
+    lengths = []
+    for removed in (-3, torch.tensor(-3)):
+        cache = scrambled(tiny_model)
+        with torch.inference_mode():
+            tiny_model(tokens, past_key_values=cache)
+            cache.crop(removed)
+            tiny_model(tokens[:, :2], past_key_values=cache)
+        lengths.append([layer.get_seq_length() for layer in cache.layers])
+    assert lengths[0] == lengths[1] == [11] * len(cache.layers)
+
+
 def test_a_wrong_block_would_be_noticed(tiny_model):
     expected = generate(tiny_model, DynamicCache(config=tiny_model.config))
     cache = scrambled(tiny_model)
