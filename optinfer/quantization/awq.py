@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.calibrate import Calibration, CalibrationLayer, calibrate, check_groups, install
+from optinfer.quantization.calibrate import (
+    Calibration,
+    CalibrationLayer,
+    add_gram,
+    calibrate,
+    check_groups,
+    install,
+)
 from optinfer.quantization.gptq import gptq_quantize
 from optinfer.quantization.model import linear_layers
-from optinfer.quantization.rtn import quantize_linear
+from optinfer.quantization.rtn import quantize_linear, round_linear
 from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = [
@@ -148,10 +155,10 @@ def search_scale(
             scale = _scale(statistics.mean_abs, alpha)
             error = 0.0
             for linear, original in zip(linears, originals):
-                rounded = quantize_linear(original.float() * scale, bits, group_size, symmetric).dequantize() / scale
+                rounded = round_linear(original.float() * scale, bits, group_size, symmetric) / scale
                 if reference is None:
-                    difference = rounded - original
-                    error += float(((difference @ statistics.hessian) * difference).sum())
+                    gram = add_gram(torch.zeros_like(statistics.hessian), rounded - original)
+                    error += float((gram * statistics.hessian).sum())  # trace((W - Q) H (W - Q)^T)
                 else:
                     linear.weight.data = rounded.to(original.dtype)
             if run is not None:
@@ -179,12 +186,12 @@ def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, sym
     count = groups.shape[1]
     at = torch.arange(count, device=weight.device)
     blocks = hessian.reshape(count, group_size, count, group_size)[at, :, at]  # [groups, group, group]
-    low, high = groups.aminmax(dim=-1, keepdim=True)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = torch.full(groups.shape[:2], float("inf"), device=weight.device)
     kept = groups
     for ratio in CLIPS:
         clipped = groups.clamp(low * ratio, high * ratio)
-        rounded = quantize_linear(clipped.flatten(1), bits, group_size, symmetric).dequantize().view_as(groups)
+        rounded = round_linear(clipped.flatten(1), bits, group_size, symmetric).view_as(groups)
         difference = (rounded - groups).transpose(0, 1)  # [groups, out, group]
         error = ((difference @ blocks) * difference).sum(-1).T
         better = error < best
@@ -194,15 +201,15 @@ def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, sym
 
 
 @torch.no_grad()
-def _block_runner(layer: CalibrationLayer, block: str, tokens: int) -> Callable[[], Tensor]:
-    """A function that runs one block of the layer on what it gets to see, for the first `tokens` tokens or so."""
-    module = layer.module.get_submodule(block)
-    seen: list[tuple[tuple, dict]] = []
+def _block_runners(layer: CalibrationLayer, blocks: list[str], tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """For each block of the layer a function that runs it on what it gets to see, for the first `tokens` tokens or so."""
+    seen: dict[str, list[tuple[tuple, dict]]] = {block: [] for block in blocks}
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append((args, kwargs))
+    def keep(block: str) -> Callable:
+        return lambda module, args, kwargs: seen[block].append((args, kwargs))
 
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    modules = {block: layer.module.get_submodule(block) for block in blocks}
+    hooks = [module.register_forward_pre_hook(keep(block), with_kwargs=True) for block, module in modules.items()]
     try:
         done = 0
         for batch in layer.batches:
@@ -211,13 +218,17 @@ def _block_runner(layer: CalibrationLayer, block: str, tokens: int) -> Callable[
             done += batch.shape[0] * batch.shape[1]
             layer.run(batch)
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
 
-    def run() -> Tensor:
-        outputs = [module(*args, **kwargs) for args, kwargs in seen]
-        return torch.cat([out[0] if isinstance(out, tuple) else out for out in outputs])
+    def runner(block: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            outputs = [modules[block](*args, **kwargs) for args, kwargs in seen[block]]
+            return torch.cat([out[0] if isinstance(out, tuple) else out for out in outputs])
 
-    return run
+        return run
+
+    return {block: runner(block) for block in blocks}
 
 
 def scale_layer(
@@ -230,10 +241,10 @@ def scale_layer(
 ) -> None:
     """Search and fold all scales of one observed layer; its statistics become those of the scaled inputs."""
     found: list[tuple[Scaling, Tensor]] = []
-    for scaling in scaling_groups(layer.module):
-        is_linear = scaling.block in layer.linears
-        run = None if is_linear else _block_runner(layer, scaling.block, tokens)
-        scale, search = search_scale(layer, scaling, bits, group_size, symmetric, run)
+    scalings = scaling_groups(layer.module)
+    runners = _block_runners(layer, [s.block for s in scalings if s.block not in layer.linears], tokens)
+    for scaling in scalings:
+        scale, search = search_scale(layer, scaling, bits, group_size, symmetric, runners.get(scaling.block))
         found.append((scaling, scale))
         if trace is not None:
             trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search

@@ -23,9 +23,23 @@ from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = ["Calibration", "CalibrationError", "CalibrationLayer", "InputStatistics", "calibrate"]
 
+GRAM_BLOCK = 256  # large enough for a matrix product to run at full speed
+
 
 class CalibrationError(ValueError):
     """The calibration text cannot tell what a layer's inputs look like; the message names the layer."""
+
+
+def add_gram(total: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
+    """``total += factor * x^T x`` in place, for a symmetric `total` ``[in, in]`` and `x` ``[rows, in]``.
+
+    The result is symmetric, so blocks below the diagonal are copied and not computed: two fifths of the arithmetic less.
+    """
+    for start in range(0, len(total), GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:], alpha=factor)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 @dataclass
@@ -56,7 +70,7 @@ class InputStatistics:
             return
         kept = self.tokens / (self.tokens + len(x))
         self.tokens += len(x)
-        self.hessian.mul_(kept).addmm_(x.T, x, alpha=2 / self.tokens)
+        add_gram(self.hessian.mul_(kept), x, 2 / self.tokens)
         magnitude = x.abs()
         self.mean_abs.mul_(kept).add_(magnitude.sum(0) / self.tokens)
         torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)

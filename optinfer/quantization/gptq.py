@@ -104,8 +104,7 @@ def gptq_quantize(
 
     top, bottom = (1 << bits) - 1, 1 if symmetric else 0
     groups = weight.detach().float().unflatten(1, (-1, group))
-    low, high = groups.aminmax(dim=-1)
-    scale, zero = (t.T.contiguous() for t in grid(low, high, bits, symmetric, weight.dtype))
+    scale, zero = (t.T.contiguous() for t in grid(groups.amin(-1), groups.amax(-1), bits, symmetric, weight.dtype))
     step = torch.where(scale == 0, 1, scale).float()  # each [groups, out]
 
     def nearest(column: Tensor, g: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from optinfer.quantization.calibrate import calibrate, check_groups, decoder_layers, install
 from optinfer.quantization.model import linear_layers
-from optinfer.quantization.rtn import quantize_linear
+from optinfer.quantization.rtn import quantize_linear, round_linear
 
 __all__ = ["fake_quantize", "qat"]
 
@@ -23,7 +23,7 @@ __all__ = ["fake_quantize", "qat"]
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-        return quantize_linear(x.to(dtype), bits, group_size, symmetric).dequantize().to(x.dtype)
+        return round_linear(x.to(dtype), bits, group_size, symmetric).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -102,7 +102,7 @@ def qat(
         parametrize.register_parametrization(
             linear, "weight", _FakeQuantized(bits, group_size, symmetric, dtype), unsafe=True
         )
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     device = model.get_input_embeddings().weight.device
     low_precision = model.dtype if model.dtype == torch.bfloat16 else None

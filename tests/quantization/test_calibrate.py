@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from optinfer.quantization.awq import ALPHAS, awq, clip_weight, fold, gain_offset, scale_layer, scaling_groups
-from optinfer.quantization.calibrate import CalibrationError, calibrate, decoder_layers
+from optinfer.quantization.calibrate import CalibrationError, add_gram, calibrate, decoder_layers
 from optinfer.quantization.gptq import gptq, output_error
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import linear_layers
@@ -94,6 +94,15 @@ def test_statistics_are_those_of_the_models_own_inputs(family):
         torch.testing.assert_close(statistics.max_abs.double(), x.abs().amax(0), rtol=1e-3, atol=1e-4)
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 600])
+def test_gram_matrix_computed_by_halves(width):
+    x = torch.randn(40, width)
+    total = add_gram(torch.eye(width), x, 0.5)
+    expected = torch.eye(width, dtype=torch.float64) + 0.5 * x.double().T @ x.double()
+    assert torch.equal(total, total.T)
+    assert torch.allclose(total.double(), expected, atol=1e-4)
 
 
 def test_layers_that_share_an_input_share_statistics():

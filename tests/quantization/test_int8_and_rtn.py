@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from optinfer.quantization import FORMATS, int8_matmul, quantize_int8, quantize_linear
 from optinfer.quantization.int8 import quantize_activations
+from optinfer.quantization.rtn import round_linear
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -80,6 +81,18 @@ def test_round_to_nearest_errs_by_half_a_step_at_most(rows, columns, bits, group
     assert q.codes().shape == weight.shape
     zero = quantize_linear(torch.zeros(rows, columns).to(dtype), bits, group, symmetric)
     assert not zero.dequantize().any()
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize("symmetric", (True, False))
+@pytest.mark.parametrize("group", (32, "channel", "tensor"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_rounding_without_packing_gives_the_same_values(bits, symmetric, group, dtype):
+    weight = torch.randn(9, 70).to(dtype)
+    weight[3] = 0
+    rounded = round_linear(weight, bits, group, symmetric)
+    assert torch.equal(rounded, quantize_linear(weight, bits, group, symmetric).dequantize())
+    assert rounded.dtype == dtype
 
 
 def test_half_a_step_is_tight():
