@@ -3,7 +3,8 @@
 Half of a transformers step on a CPU is not matrix work (a module call, a cast, a concatenation, a small product at a
 time). Here a layer is two norms, one rotation, attention, and five products. In bf16 on a CPU the products use weights
 that oneDNN has laid out for its kernels once, instead of at every call, and they apply SiLU, the gate and the residual
-sum to their result before it leaves the registers.
+sum to their result before it leaves the registers. Norms, rotation and attention are one call each where there are
+`cpu_kernels`.
 
 Families whose layer is this formula: Llama, Mistral, Qwen2, Qwen3. For others `LeanDecoder.of` returns None, and the
 engine calls the model as it is.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
+from optinfer.serving.cpu_kernels import CpuKernels
 from optinfer.serving.fuse import merged_weight
 from optinfer.serving.paged_batch import PagedBatch
 
@@ -124,24 +126,32 @@ class LeanDecoder:
     def __call__(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
         """The logits [rows, vocabulary] of the batch's `logit_rows`, and all final hidden states [tokens, hidden]."""
         x = self.embedding(batch.input_ids[0])
-        cos, sin = self.rotary(x, batch.position_ids)
-        half = self.head_dim // 2
-        cos, sin = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
+        kernels = batch.pool.kernels
+        cos, sin = (angle[0].contiguous() for angle in self.rotary(x, batch.position_ids))
+        if kernels is None:  # the minus of the formula, once for all layers
+            half = self.head_dim // 2
+            sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
         for layer in self.layers:
-            x = layer.out.plus(self._attention(layer, rms_norm(x, *layer.norm_attention), cos, sin, batch), x)
-            normed = rms_norm(x, *layer.norm_mlp)
+            attended = self._attention(layer, _normalize(x, layer.norm_attention, kernels), cos, sin, batch)
+            x = layer.out.plus(attended, x)
+            normed = _normalize(x, layer.norm_mlp, kernels)
             x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
-        x = rms_norm(x, *self.norm)
+        x = _normalize(x, self.norm, kernels)
         return self.head(x[batch.logit_rows]), x
 
     def _attention(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch) -> Tensor:
+        kernels = batch.pool.kernels
         heads = layer.qkv(x).view(len(x), -1, self.head_dim)  # queries, then keys, then values
         rotated = self.heads + self.kv_heads
         qk, v = heads[:, :rotated], heads[:, rotated:]
         if layer.norm_heads is not None:
             q_norm, k_norm = layer.norm_heads
-            qk = torch.cat([rms_norm(qk[:, : self.heads], *q_norm), rms_norm(qk[:, self.heads :], *k_norm)], dim=1)
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+            parts = (qk[:, : self.heads], q_norm), (qk[:, self.heads :], k_norm)
+            qk = torch.cat([_normalize(part, norm, kernels) for part, norm in parts], dim=1)
+        if kernels is not None:
+            kernels.rotate_(qk, cos, sin)
+        else:
+            qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
         out = batch.attend(layer.index, qk[:, : self.heads], qk[:, self.heads :], v, layer.scale, layer.window, None)
         return out.flatten(1)
 
@@ -149,6 +159,13 @@ class LeanDecoder:
 _decoders: weakref.WeakKeyDictionary[Any, tuple[tuple, LeanDecoder]] = weakref.WeakKeyDictionary()
 
 
-def _norm(module: Any) -> tuple[tuple[int], Tensor, float]:
-    """A norm as the arguments of `rms_norm`."""
-    return tuple(module.weight.shape), module.weight.detach(), module.variance_epsilon
+def _norm(module: Any) -> tuple[Tensor, float]:
+    """A norm's weight and epsilon."""
+    return module.weight.detach(), module.variance_epsilon
+
+
+def _normalize(x: Tensor, norm: tuple[Tensor, float], kernels: CpuKernels | None) -> Tensor:
+    weight, eps = norm
+    if kernels is None or weight.dtype != x.dtype:
+        return rms_norm(x, weight.shape, weight, eps)
+    return kernels.rms_norm(x, weight, eps)

@@ -65,6 +65,8 @@ class ModelRunner:
             self.decoder = torch.compile(self.decoder)
         scratch = 1 if cuda_graphs else 0
         self.pool = KVPool(self.config, num_blocks + scratch, block_size, weight.dtype, weight.device)
+        if compile:
+            self.pool.kernels = None  # torch.compile writes its own
         self.graphs = GraphedDecode(self.pool, self.forward, max_graph_size) if cuda_graphs else None
         self.keep_hidden = False
         self.hidden: list[Tensor] = []

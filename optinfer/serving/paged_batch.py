@@ -2,7 +2,8 @@
 
 transformers models run as they are. A step calls ``model(input_ids=[1, T], position_ids=[1, T], paged=batch)`` with the
 attention implementation registered here. Whatever family it is, each layer hands us its fresh queries, keys and values;
-we write keys and values to their slots, gather each sequence's pages, and attend.
+we write keys and values to their slots, and attend. On a CPU chunks of few tokens are attended page by page where they
+lie (`cpu_kernels`); for others each sequence's pages are gathered first.
 
 Within a layer every write comes before any read. So a block that is scheduled in this step is as good as computed:
 another sequence of the same step may share it.
@@ -18,14 +19,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from optinfer.serving import cpu_kernels
+
 IMPLEMENTATION = "optinfer_serving"
-_FEW_QUERIES = 16  # up to here two plain matrix products beat SDPA on a CPU (three to seven times in decode)
+_FEW_QUERIES = 16  # up to here two plain matrix products, or one pass over the pages, beat SDPA on a CPU
 
 
 class KVPool:
     """Keys and values of all layers: one tensor [num_blocks, kv_heads, block_size, head_dim] per layer for each.
 
     With the head before the slot, a gathered sequence is contiguous per head, as matrix products want it.
+
+    `kernels`: what computes on these tensors on a CPU besides torch; None: torch alone.
     """
 
     def __init__(self, config: Any, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
@@ -35,6 +40,7 @@ class KVPool:
         self._gathered = {name: torch.empty(0, dtype=dtype, device=device) for name in ("keys", "values")}
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.kernels = cpu_kernels.of(self.keys)
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +107,15 @@ class _Group:
         return self.masks[window]
 
 
+@dataclass
+class _Walk:
+    """The first `len(position)` rows of the packed batch, chunks of few queries, attended without a copy of pages."""
+
+    tables: Tensor  # [chunks, blocks]
+    sequence: Tensor  # [rows]: line of `tables`
+    position: Tensor  # [rows]
+
+
 class PagedBatch:
     """The packed tokens of a step and where their keys and values live.
 
@@ -135,7 +150,11 @@ class PagedBatch:
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.from_numpy(positions).to(device)[None]
         self.write_rows = torch.from_numpy(rows.ravel()).to(device)  # [T * kv_heads] rows of the pool [..., head_dim]
-        cuts = _split(packed, pool) if pad_blocks is None else [(0, len(packed))]
+        num_short = 0
+        if pool.kernels is not None and pad_blocks is None:
+            num_short = int((lengths <= _FEW_QUERIES).sum())  # the order puts them first
+        self.walk = self._walk(packed[:num_short]) if num_short else None
+        cuts = _split(packed, num_short, pool) if pad_blocks is None else [(0, len(packed))]
         self.groups = [self._group(packed[a:b], int(ends[a] - lengths[a]), pad_blocks) for a, b in cuts]
         self.spans = [(0, 0)] * len(chunks)
         for i, length, end in zip(order, lengths.tolist(), ends.tolist()):
@@ -159,6 +178,13 @@ class PagedBatch:
         for group in self.groups:
             group.masks.clear()
 
+    def _walk(self, chunks: list[Chunk]) -> _Walk:
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        tables = _tables(chunks, max(_num_blocks(chunk, self.pool) for chunk in chunks), self.pool)
+        sequence = np.repeat(np.arange(len(chunks)), lengths)
+        position = self.position_ids[0, : len(sequence)]
+        return _Walk(torch.from_numpy(tables), torch.from_numpy(sequence), position)
+
     def _group(self, chunks: list[Chunk], first: int, pad_blocks: int | None) -> _Group:
         pool, device = self.pool, self.pool.keys.device
         num_queries = len(chunks[0].token_ids)
@@ -167,11 +193,8 @@ class PagedBatch:
         if num_queries > 1 and all(chunk.start == 0 for chunk in chunks):
             return _Group(first, last, num_queries, starts, num_queries, None)
         num_blocks = pad_blocks or max(_num_blocks(chunk, pool) for chunk in chunks)
-        tables = np.zeros((len(chunks), 1, num_blocks), dtype=np.int64)  # padding reads block 0, masked out
-        for row, chunk in zip(tables, chunks):
-            used = _num_blocks(chunk, pool)
-            row[0, :used] = chunk.block_table[:used]
-        rows = tables * pool.kv_heads + np.arange(pool.kv_heads)[:, None]
+        tables = _tables(chunks, num_blocks, pool)  # padding reads block 0, masked out
+        rows = tables[:, None] * pool.kv_heads + np.arange(pool.kv_heads)[:, None]
         gather = torch.from_numpy(rows.ravel()).to(device)
         return _Group(first, last, num_queries, starts, num_blocks * pool.block_size, gather)
 
@@ -183,9 +206,17 @@ class PagedBatch:
         """q [T, heads, D], k and v [T, kv_heads, D] of the packed tokens -> [T, heads, D]."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         head_dim = k.shape[-1]
-        keys.view(-1, head_dim).index_copy_(0, self.write_rows, k.reshape(-1, head_dim))
-        values.view(-1, head_dim).index_copy_(0, self.write_rows, v.reshape(-1, head_dim))
+        kernels, walk = self.pool.kernels, self.walk
+        for pages, x in ((keys, k), (values, v)):
+            if kernels is not None:
+                kernels.write(pages, x, self.write_rows)
+            else:
+                pages.view(-1, head_dim).index_copy_(0, self.write_rows, x.reshape(-1, head_dim))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if kernels is not None and walk is not None:
+            short = slice(0, len(walk.position))
+            where = (walk.tables, walk.sequence, walk.position)
+            kernels.attend(out[short], q[short], keys, values, *where, scale, window, softcap)
         for group in self.groups:
             span = slice(group.first, group.last)
             n = len(group.starts)
@@ -241,10 +272,21 @@ def _num_blocks(chunk: Chunk, pool: KVPool) -> int:
     return -(-(chunk.start + len(chunk.token_ids)) // pool.block_size)
 
 
-def _split(chunks: list[Chunk], pool: KVPool) -> list[tuple[int, int]]:
-    """Cut the sorted chunks into groups: equally many queries, and less than half of the keys padding."""
-    cuts = [0]
-    for i in range(1, len(chunks)):
+def _tables(chunks: list[Chunk], num_blocks: int, pool: KVPool) -> np.ndarray:
+    """[chunks, num_blocks]: the blocks that each chunk attends to, then zeros."""
+    tables = np.zeros((len(chunks), num_blocks), dtype=np.int64)
+    for row, chunk in zip(tables, chunks):
+        used = _num_blocks(chunk, pool)
+        row[:used] = chunk.block_table[:used]
+    return tables
+
+
+def _split(chunks: list[Chunk], begin: int, pool: KVPool) -> list[tuple[int, int]]:
+    """Cut the sorted chunks from `begin` on into groups: equally many queries, and less than half of the keys padding."""
+    if begin == len(chunks):
+        return []
+    cuts = [begin]
+    for i in range(begin + 1, len(chunks)):
         first, here = chunks[cuts[-1]], chunks[i]
         same_queries = len(first.token_ids) == len(here.token_ids)
         both_fresh = (first.start == 0) == (here.start == 0) or len(here.token_ids) == 1
