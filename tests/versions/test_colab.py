@@ -30,7 +30,7 @@ def is_python313(path: str) -> bool:
 
 def run(*command: str | Path | float, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"}
+    environment = {"OMP_NUM_THREADS": "2"} | environment | {"MPLBACKEND": "agg"}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
