@@ -18,7 +18,7 @@ _NEEDS = (
     ("torch", "tensors", (2, 11), True),
     ("transformers", "models", (5, 15), True),
     ("triton", "GPU kernels, compiled or interpreted", (3, 6), False),
-    ("bitsandbytes", "the peer of chapter 1", (0, 49), False),
+    ("bitsandbytes", "the peer of lesson 1", (0, 49), False),
     ("ipywidgets", "widgets", (7, 7), True),
     ("anywidget", "widgets", (0, 9, 21), True),
     ("matplotlib", "figures", (3, 10), True),
@@ -87,7 +87,7 @@ def machine() -> list[Finding]:
 
 
 def ways() -> list[Finding]:
-    """How each chapter runs here: compiled, interpreted, in plain torch, or recorded."""
+    """How each lesson runs here: compiled, interpreted, in plain torch, or recorded."""
     import torch
 
     from optinfer.attention import select_backend

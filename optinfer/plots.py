@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from optinfer.hardware import Machine
@@ -27,11 +28,9 @@ RECORDED = {
 
 
 def style() -> None:
-    """Set matplotlib's defaults for the course, and what figures say to screen readers; safe to call twice."""
+    """Set matplotlib's defaults for the course; safe to call twice."""
     import matplotlib as mpl
     from cycler import cycler
-
-    _describe_figures()
 
     mpl.rcParams.update(
         {
@@ -92,7 +91,15 @@ def figure(width: float = 7.2, height: float = 3.8, **kwargs: Any) -> tuple["Fig
     import matplotlib.pyplot as plt
 
     style()
-    return plt.subplots(figsize=(width, height), layout="constrained", **kwargs)
+    made = plt.subplots(figsize=(width, height), layout="constrained", **kwargs)
+    _describe_figures()  # now: a session's first figure loads the notebook's backend, which forgets formatters
+    return made
+
+
+def name_ticks(axis: "Axis", values: list[int]) -> None:
+    """On a logarithmic axis: ticks at these values, written out, and no others."""
+    axis.set_ticks(values, [f"{value:,}" for value in values])
+    axis.set_ticks([], minor=True)
 
 
 def roofline(machine: "Machine", points: list[dict[str, Any]], recorded: "Machine | None" = None) -> "Figure":
@@ -130,8 +137,14 @@ def roofline(machine: "Machine", points: list[dict[str, Any]], recorded: "Machin
     return fig
 
 
-def bars(ax: "Axes", labels: list[str], values: list[float], unit: str, recorded: list[bool] | None = None) -> None:
-    """Horizontal bars with their values written at the end; recorded ones are hatched."""
+def bars(
+    ax: "Axes", labels: list[str], values: list[float], unit: str, recorded: list[bool] | None = None, axis: str = ""
+) -> None:
+    """Horizontal bars with their values and unit written at the end; recorded ones are hatched.
+
+    Args:
+        axis: what the axis shows; the unit alone where it says enough.
+    """
     marks = recorded or [False] * len(values)
     for i, (label, value, is_recorded) in enumerate(zip(labels, values, marks, strict=True)):
         extra: dict[str, Any] = RECORDED if is_recorded else {}
@@ -139,7 +152,7 @@ def bars(ax: "Axes", labels: list[str], values: list[float], unit: str, recorded
         ax.annotate(f" {value:,.3g} {unit}", (value, i), va="center", fontsize=9)
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
-    ax.set_xlabel(unit)
+    ax.set_xlabel(axis or unit)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.18)

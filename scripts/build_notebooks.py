@@ -6,6 +6,7 @@ written and the exit code is 1 if a committed notebook, or the README's map of t
 """
 
 import argparse
+import ast
 import hashlib
 import re
 import sys
@@ -25,6 +26,7 @@ SOURCE = ROOT / "notebooks" / "source"
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = _PROJECT["urls"]["Repository"]
 TAG = f"v{_PROJECT['version']}"
+CARDS = {"lesson.predict", "lesson.compare", "lesson.ledger", "lesson.course_ledger"}
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
@@ -64,6 +66,23 @@ def opening(name: str, front: Front) -> str:
         f"**You will be able to**\n\n{goals}\n\n"
         f"**Time** about {front.minutes} minutes · **Hardware** {front.hardware}"
     )
+
+
+def closing(name: str) -> str:
+    """Where to go on: the lesson's exercises, the glossary, the next lesson."""
+    lines = ["## Go on"]
+    if (SOURCE / "exercises" / f"{name}.md").exists():
+        exercises = f"exercises/{name}"
+        lines.append(
+            f"- [The exercises of this lesson]({exercises}.ipynb) ([in Colab]({colab_url(exercises)})): "
+            "each checks itself and says what went wrong"
+        )
+    later = [path.stem for path in lessons() if path.stem > name]
+    if later:
+        title = Front.read(SOURCE / f"{later[0]}.md").title
+        lines.append(f"- [Next lesson: {title}]({later[0]}.ipynb) ([in Colab]({colab_url(later[0])}))")
+    lines.append("- [The course's words, explained](book/glossary.md)")
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
 def set_up(name: str) -> str:
@@ -126,8 +145,22 @@ def lesson_cells(path: Path) -> list[nbformat.NotebookNode]:
 
 def build_lesson(path: Path) -> nbformat.NotebookNode:
     name, front = path.stem, Front.read(path)
+    cells = lesson_cells(path)
+    check_cards(cells, path)
     head = [nbformat.v4.new_markdown_cell(opening(name, front)), nbformat.v4.new_code_cell(set_up(name))]
-    return finish(head + lesson_cells(path), name)
+    return finish([*head, *cells, nbformat.v4.new_markdown_cell(closing(name))], name)
+
+
+def check_cards(cells: list[nbformat.NotebookNode], path: Path) -> None:
+    """A card shows only as the last expression of its cell; anywhere else the reader would never see it."""
+    for cell in cells:
+        if cell.cell_type != "code":
+            continue
+        *before, _ = ast.parse(cell.source).body
+        for statement in before:
+            call = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in CARDS:
+                raise SystemExit(f"{path}: nothing shows {ast.unparse(call)}; make it the last line of its cell")
 
 
 def lessons() -> list[Path]:

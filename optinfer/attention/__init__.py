@@ -1,4 +1,4 @@
-"""Chapter 2: attention without the N x N matrix.
+"""Lesson 3: attention without the N x N matrix.
 
     flash_attention           one function, six backends
     attention_reference       the formula

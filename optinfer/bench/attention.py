@@ -45,6 +45,28 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     return rows + memory_rows(device, dtype, quick)
 
 
+def brief(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The timed and checked rows as a reader wants them: the case in words, milliseconds, error, memory."""
+    shown = []
+    for row in rows:
+        if row.get("error_ratio") is None and row.get("seconds") is None:
+            continue  # a peer that this machine does not have, or memory without a time
+        heads = f"{row['batch']} x {row['heads']} heads"
+        heads += f" on {row['kv_heads']}" if row["kv_heads"] != row["heads"] else ""
+        lengths = f"{row['q_len']:,} tokens" if row["q_len"] == row["kv_len"] else f"1 token over {row['kv_len']:,}"
+        seconds, peak = row.get("seconds"), row.get("peak_bytes")
+        shown.append(
+            {
+                "case": f"{heads}, {lengths}, dim {row['head_dim']}" + (", causal" if row["causal"] else ""),
+                "attention": row["peer"],
+                "ms": f"{1e3 * seconds:.2f}" if seconds else row.get("skipped", ""),
+                "error / formula's error": f"{row['error_ratio']:.2f}" if row.get("error_ratio") else "",
+                "MB beyond inputs": f"{peak / 1e6:.2f}" if peak is not None else "",
+            }
+        )
+    return shown
+
+
 def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Memory beyond inputs for one head of 64, as the text gets longer: the whole matrix of scores, or a tile of it."""
     lengths = (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384)

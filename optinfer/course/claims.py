@@ -1,7 +1,6 @@
 """What the lessons measured of the chapter's claims, kept beside the reader's progress, for the last lesson's ledger."""
 
 import contextlib
-import datetime
 import json
 from typing import Any
 
@@ -29,7 +28,7 @@ LESSONS = {
 
 
 def load() -> dict[int, dict[str, str]]:
-    """By claim: ``lesson``, ``measured``, ``verdict``, ``device``, ``date``. A missing or damaged file counts as empty."""
+    """By claim: ``lesson``, ``measured``, ``verdict``, ``where``. A missing or damaged file counts as empty."""
     try:
         known = json.loads(_path().read_text(encoding="utf-8"))
         return {int(number): dict(entry) for number, entry in known.items()}
@@ -37,10 +36,15 @@ def load() -> dict[int, dict[str, str]]:
         return {}
 
 
-def record(number: int, **entry: str) -> None:
-    """Keep a lesson's newest measurement of a claim. A folder that cannot be written to is no reason to fail."""
+def record(number: int, *, lesson: str, **entry: str) -> None:
+    """Keep the newest measurement of the latest lesson that measured a claim: the first lesson only counts.
+
+    A folder that cannot be written to is no reason to fail.
+    """
     known: dict[int, Any] = load()
-    known[number] = {**entry, "date": datetime.date.today().isoformat()}
+    if known.get(number, {}).get("lesson", "") > lesson:
+        return
+    known[number] = {"lesson": lesson, **entry}
     with contextlib.suppress(OSError):
         write_whole(_path(), json.dumps(known, indent=1, sort_keys=True) + "\n")
 
@@ -54,8 +58,7 @@ def table() -> Table:
     for number, claim in data.claims().items():
         entry = known.get(number, {})
         measured = entry.get("measured") or f"not yet: run lesson {LESSONS[number]}"
-        source = ", ".join(filter(None, (entry.get("device"), entry.get("date"))))
-        rows.append((str(number), claim, measured, source, entry.get("verdict", "")))
+        rows.append((str(number), claim, measured, entry.get("where", ""), entry.get("verdict", "")))
     return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
 
 

@@ -1,5 +1,6 @@
 """One running notebook: its set-up line, the reader's predictions, and the ledger of claims it put to a measurement."""
 
+import datetime
 import importlib.metadata
 import platform
 import random
@@ -28,6 +29,7 @@ _SHOWN = ("torch", "transformers", "triton", "bitsandbytes")
 class _LedgerLine:
     claim: int
     measured: str
+    where: str
     verdict: str
     note: str
 
@@ -73,10 +75,10 @@ class Lesson:
                 raise KeyError(f"no prediction named {guess!r}; predicted so far: {', '.join(self._guesses) or 'none'}")
             guess, kept_unit = self._guesses[guess]
             unit = unit or kept_unit
-        title = f"You said {_number(guess)} {unit}, measured {_number(measured)} {unit}".replace(" ,", ",").rstrip()
+        title = f"You said {_number(guess)} {unit}, it is {_number(measured)} {unit}".replace(" ,", ",").rstrip()
         return Card(title, (_how_far(guess, measured),), tone="good" if _close(guess, measured) else "info")
 
-    def claim(self, number: int, measured: str, holds: Verdict, note: str = "") -> None:
+    def claim(self, number: int, measured: str, holds: Verdict, note: str = "", where: str = "") -> None:
         """Enter a measurement in the ledger.
 
         Args:
@@ -84,6 +86,7 @@ class Lesson:
             measured: a short sentence made from measured values.
             holds: True, False, ``"partly"``, or None when this machine cannot say; computed from the measurement.
             note: what the verdict depends on.
+            where: where the figure comes from when that is not this machine, such as a recording's caption.
 
         Raises:
             ValueError: there is no claim of that number, or no such verdict.
@@ -95,21 +98,21 @@ class Lesson:
         verdict = bool(holds) if type(holds).__name__ in ("bool", "bool_") else holds
         if verdict not in _VERDICTS:
             raise ValueError(f"holds must be True, False, 'partly' or None, not {holds!r}")
-        self._ledger[number] = line = _LedgerLine(number, measured, _VERDICTS[verdict], note)
+        where = where or f"{self.device_name()}, {datetime.date.today().isoformat()}"
+        self._ledger[number] = line = _LedgerLine(number, measured, where, _VERDICTS[verdict], note)
         said = " — ".join(filter(None, (line.verdict, note)))
-        claims.record(number, lesson=self.name, measured=measured, verdict=said, device=self.device_name())
+        claims.record(number, lesson=self.name, measured=measured, verdict=said, where=where)
 
     def ledger(self) -> Table:
         """The claims of this lesson: what was said, what was measured, on what, and the verdict."""
         from optinfer import data
 
-        where = self.device_name()
         rows = [
             (
                 str(line.claim),
                 data.claims()[line.claim],
                 line.measured,
-                where,
+                line.where,
                 " — ".join(filter(None, (line.verdict, line.note))),
             )
             for line in sorted(self._ledger.values(), key=lambda line: line.claim)
@@ -207,7 +210,7 @@ def _close(guess: float, measured: float) -> bool:
 
 def _how_far(guess: float, measured: float) -> str:
     if _close(guess, measured):
-        return "Within a quarter of it. You see where the time and the bytes go."
+        return "Within a quarter of it."
     if guess * measured <= 0:
         return f"Off by {_number(abs(guess - measured))}."
     ratio = measured / guess

@@ -1,4 +1,4 @@
-"""Chapter 3: the KV cache in pages. The block manager is pure Python; torch loads only with the tensors."""
+"""Lesson 4: the KV cache in pages. The block manager is pure Python; torch loads only with the tensors."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Chapter 1: fewer bits per weight.
+"""Lessons 1 and 2: fewer bits per weight.
 
 The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8() are those of bitsandbytes
 0.50. Importing this package registers the quantizer ``"optinfer"`` with transformers.

@@ -75,7 +75,7 @@ def weight_levels(scaled: Tensor, schemes: tuple[str, ...] = ("NF4", "INT4")) ->
         ax.hist(scaled.numpy(), bins=121, range=(-1, 1), density=True, color=plots.COLORS["sky"], alpha=0.6)
         levels = np.array(CODEBOOKS[name.lower()]) if name.lower() in CODEBOOKS else np.arange(-7, 8) / 7
         ax.vlines(levels, 0, 2, color=plots.COLORS["red"], lw=1.4)
-        ax.set(ylabel=f"{name}\n{len(levels)} levels", ylim=(0, 2.6))
+        ax.set(title=f"{name}, {len(levels)} levels", ylabel="density of weights", ylim=(0, 2.6))
         ax.grid(False)
     axes[-1].set_xlabel("weight / absmax of its block of 64")
     return fig
@@ -108,8 +108,7 @@ def instructions_per_weight(counts: dict[str, float], budgets: dict[str, float])
         budgets: label -> instructions per weight that fit the time of loading it; drawn as lines.
     """
     fig, ax = plots.figure(height=1.3 + 0.42 * len(counts))
-    plots.bars(ax, list(counts), list(counts.values()), "")
-    ax.set(xlabel="instructions per weight")
+    plots.bars(ax, list(counts), list(counts.values()), "", axis="instructions per weight")
     for (label, budget), height in zip(budgets.items(), (1.14, 1.04)):
         ax.axvline(budget, color=plots.COLORS["red"], lw=1.2, ls="--", clip_on=False, ymax=height)
         ax.text(budget, height, f" {label}", transform=ax.get_xaxis_transform(), color=plots.COLORS["red"], fontsize=9)

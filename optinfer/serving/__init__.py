@@ -1,4 +1,4 @@
-"""Chapter 5: a small serving engine where quantization, attention, the KV cache and speculation meet."""
+"""Lesson 6: a small serving engine where quantization, attention, the KV cache and speculation meet."""
 
 from optinfer.serving.engine import Engine, EngineStats, StepRecord, UnknownRequest
 from optinfer.serving.fuse import fuse_projections

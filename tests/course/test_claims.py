@@ -33,6 +33,17 @@ def test_the_ledger_reads_what_lessons_recorded():
     assert rows["11"][2] == "not yet: run lesson 05_speculative_decoding"
 
 
+def test_a_recording_keeps_its_own_machine_and_a_later_lesson_its_word():
+    lesson("02_calibrated_quantization").claim(3, "67 % of the gap", "partly", where="recorded on EPYC, 2026-01-01")
+    lesson("04_kv_cache").claim(9, "8 times the batch", "partly")
+    early = lesson("00_start_here")
+    early.claim(9, "it grows", True)
+    rows = {row[0]: row for row in early.course_ledger().rows}
+    assert rows["3"][3] == "recorded on EPYC, 2026-01-01"
+    assert rows["9"][2] == "8 times the batch"
+    assert [row[2] for row in early.ledger().rows] == ["it grows"]
+
+
 def test_a_damaged_file_counts_as_empty(folder):
     (folder / "claims.json").write_text("[1, 2")
     assert claims.load() == {}
