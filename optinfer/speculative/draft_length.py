@@ -60,8 +60,8 @@ class AdaptiveLength(FixedLength):
 
     def choose(self, drafter: str, evidence: int | None = None) -> int:
         """The number of tokens with the largest expected speed-up; 0 where none exceeds 1."""
-        if self._rejected and not self._plain:
-            return 0  # there is a reason for doubt now: time a plain pass, which is what drafting has to beat
+        if self._rejected and not self._plain and (evidence is None or self.acceptance(drafter, evidence) < 0.5):
+            return 0  # there is a reason for doubt, and a strong match is not lost: time what drafting has to beat
         per_token = self._draft_cost(drafter) + self._verify_slope()  # in plain passes
         best, best_speed, survival, tokens = 0, 1.0, 1.0, 1.0
         for gamma in range(1, self.most + 1):

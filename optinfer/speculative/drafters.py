@@ -225,8 +225,9 @@ class PromptLookupDraft(Draft):
     """The text itself: find where the current n-gram occurred before and copy what followed (Saxena 2023).
 
     The longest n-gram that occurred counts, and its length is the evidence. Of several places it takes the one where
-    reading goes on: the first behind the last guess that came true. A finger under that token moves with the text, so a
-    changed word does not lose the place. Without such a place it takes the latest.
+    reading goes on. A finger under the source starts at the beginning; once a guess came true it stands behind that and
+    moves with the text, so a changed word does not lose the place. The first place from the finger on is taken, and the
+    latest of all where there is none.
 
     One matching token is rarely enough to be right, but where a pass over a few more tokens costs little it pays;
     `AdaptiveLength` finds out whether it does.
@@ -247,7 +248,7 @@ class PromptLookupDraft(Draft):
         self._text: list[int] = []
         self._follows: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where its continuations start, ascending
         self._match = (0, 0)  # of the n-gram at the end of the text: its length, where its continuation starts
-        self._finger: int | None = None  # the place in the text that is being copied
+        self._finger = 0  # the place in the text that is being copied
 
     def bind(self, target: Any) -> None:
         self._new_text()
@@ -288,13 +289,13 @@ class PromptLookupDraft(Draft):
 
     def _move_finger(self, added: list[int]) -> None:
         size, start = self._match
-        if size and added[0] == self._text[start]:
-            self._finger = start  # the guess came true
-        if self._finger is not None:
+        if size and added[0] == self._text[start]:  # the guess came true
+            self._finger = start + len(added)
+        elif self._finger:
             self._finger += len(added)
 
     def _where_reading_goes_on(self, places: list[int]) -> int:
-        next_one = len(places) if self._finger is None else bisect_left(places, self._finger)
+        next_one = bisect_left(places, self._finger)
         return places[next_one] if next_one < len(places) else places[-1]
 
 

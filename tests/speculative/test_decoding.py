@@ -329,10 +329,10 @@ def test_a_different_tokenizer_drafts_through_text():
     assert any(r.drafted for r in out.statistics.rounds)
 
 
-def test_lookup_copies_the_latest_continuation():
+def test_lookup_copies_what_followed_the_ngram_before():
     draft = PromptLookupDraft(3, 2)
     text = torch.tensor([[1, 2, 3, 4, 5, 9, 2, 3, 7, 7, 2, 3]])
-    assert draft.propose(text, 4, None).tokens.tolist() == [7, 7, 2, 3]
+    assert draft.propose(text, 4, None).tokens.tolist() == [4, 5, 9, 2]  # nothing was copied yet: from the beginning
     longer = torch.cat([text, torch.tensor([[7, 7]])], dim=1)
     assert draft.propose(longer, 2, None).tokens.tolist() == [2, 3]
     assert len(draft.propose(torch.tensor([[1, 2, 3, 4]]), 2, None)) == 0
@@ -340,8 +340,8 @@ def test_lookup_copies_the_latest_continuation():
 
 
 def test_lookup_goes_on_where_it_was_reading():
-    """Between two places with the same words, the finger decides: a changed word (50 for 2) does not lose the place."""
-    source = [1, 2, 3, 4, 5, 6, 3, 9, 9, 9]
+    """Of several places with the same word the finger decides, and a changed word (50 for 3) does not lose the place."""
+    source = [1, 2, 3, 4, 5, 6, 3, 9, 9, 9, 3, 8]
     draft = PromptLookupDraft(2, 1)
     assert draft.evidence(torch.tensor([[*source, 1]])) == 1
     assert draft.propose(torch.tensor([[*source, 1]]), 2, None).tokens.tolist() == [2, 3]
@@ -350,7 +350,7 @@ def test_lookup_goes_on_where_it_was_reading():
     assert draft.evidence(text[:, :-1]) == 1
     assert draft.propose(text, 3, None).tokens.tolist() == [6, 3, 9]
     again = torch.cat([text, torch.tensor([[7, 3]])], dim=1)
-    assert draft.propose(again, 2, None).tokens.tolist() == [9, 9]  # the second 3: the first lies behind the finger
+    assert draft.propose(again, 2, None).tokens.tolist() == [9, 9]  # the second 3: neither the first nor the latest
 
 
 def test_lookup_is_the_longest_ngram_and_its_length_the_evidence():
