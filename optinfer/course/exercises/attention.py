@@ -602,7 +602,8 @@ Attention is slow because of what it moves. Count for one head, forward:
 - kernel 2 reads the scores, writes the probabilities;
 - kernel 3 reads the probabilities and v, writes the output.
 
-Flash attention keeps scores and probabilities on the chip. Return the bytes of both.""",
+Flash attention keeps scores and probabilities on the chip. Count K and V once here: that is the least it can move (the
+lesson's 3.9x counts them again for each block of queries). Return the bytes of both.""",
     answer=attention_traffic,
     cases=_traffic_cases,
     reference=_traffic_reference,
@@ -621,6 +622,11 @@ Flash attention keeps scores and probabilities on the chip. Return the bytes of 
             "numbers instead of bytes",
             "Each number takes itemsize bytes.",
             (" * itemsize, 4 * vectors * itemsize", ", 4 * vectors"),
+        ),
+        Wrong(
+            "one of flash's four tensors forgotten",
+            "Flash moves four tensors of length x dim: q, k and v in, the output back.",
+            ("4 * vectors * itemsize", "3 * vectors * itemsize"),
         ),
         Wrong(
             "flash moves the matrix too",

@@ -714,6 +714,11 @@ products of codes is exact in int32 (int8 would wrap around); multiply it with b
     ),
     wrong=(
         Wrong(
+            "the weight's scale from its regular columns",
+            "A weight is quantized before any x is known, so its row's scale covers all columns, those of outliers too.",
+            ("w_scale = weight.abs()", "w_scale = w.abs()"),
+        ),
+        Wrong(
             "outliers quantized with the rest",
             "The decomposition is missing: with the outliers inside, every other number of their token loses most of its codes.",
             ("(x.abs() >= threshold).any(dim=0)", "(x.abs() >= float('inf')).any(dim=0)"),
