@@ -1,4 +1,4 @@
-"""The figures of notebook 01."""
+"""The figures of notebooks 01 and 02."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "activation_outliers",
     "instructions_per_weight",
+    "ladder",
     "number_lines",
     "rounding",
     "scheme_quality",
@@ -112,6 +113,27 @@ def instructions_per_weight(counts: dict[str, float], budgets: dict[str, float])
     for (label, budget), height in zip(budgets.items(), (1.14, 1.04)):
         ax.axvline(budget, color=plots.COLORS["red"], lw=1.2, ls="--", clip_on=False, ymax=height)
         ax.text(budget, height, f" {label}", transform=ax.get_xaxis_transform(), color=plots.COLORS["red"], fontsize=9)
+    return fig
+
+
+def ladder(lines: dict[str, dict[int, tuple[float, float]]], full: float) -> Figure:
+    """Perplexity over bits per weight, one line a method.
+
+    Args:
+        lines: method -> bits -> (perplexity, its standard error).
+        full: perplexity of the unquantized model, drawn dashed.
+    """
+    fig, ax = plots.figure(height=3.8)
+    for (name, points), color, marker in zip(lines.items(), plots.CYCLE * 2, "osD^vPX*"):
+        bits = sorted(points)
+        values, errors = zip(*(points[b] for b in bits))
+        ax.errorbar(bits, values, yerr=errors, fmt=f"{marker}-", ms=5, lw=1.2, capsize=3, color=color, label=name)
+    ax.axhline(full, color=plots.COLORS["gray"], ls="--", lw=1, label="16 bits")
+    ax.set(xlabel="bits per weight", ylabel="perplexity", yscale="log")
+    ax.set_xticks(sorted({b for points in lines.values() for b in points}))
+    ax.invert_xaxis()
+    ax.margins(x=0.1)
+    ax.legend(ncols=2)
     return fig
 
 
