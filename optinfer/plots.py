@@ -49,6 +49,7 @@ def style() -> None:
             "axes.titlelocation": "left",
             "axes.titlesize": 11,
             "axes.labelsize": 10,
+            "axes.formatter.min_exponent": 4,  # logarithmic axes read 20, 500, not powers of ten
             "grid.color": "#DDDDDD",
             "grid.linewidth": 0.7,
             "lines.linewidth": 2.0,
@@ -133,6 +134,7 @@ def roofline(machine: "Machine", points: list[dict[str, Any]], recorded: "Machin
         ax.plot(x, y, "o", color=CYCLE[i % len(CYCLE)])
         ax.annotate(point["label"], (x, y), textcoords="offset points", xytext=(6, -11), fontsize=9)
     ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP per byte moved)", ylabel="GFLOP/s")
+    ax.margins(y=0.12)
     ax.legend(loc="lower right")
     return fig
 

@@ -14,7 +14,7 @@ class EngineTimeline(StaticWidget):
 
     Traits:
         runs: per engine its name, the labels of its rows, and one frame per step.
-        step: steps shown so far.
+        step: the last step that is shown, from 0.
     """
 
     _esm = Path(__file__).with_suffix(".js")
@@ -30,7 +30,8 @@ class EngineTimeline(StaticWidget):
         """
         if not engines or not all(engine.log for engine in engines.values()):
             raise ValueError("need at least one engine that has a log (log=True, and at least one step)")
-        return cls(runs=[_run(name.replace("_", " "), engine) for name, engine in engines.items()])
+        runs = [_run(name.replace("_", " "), engine) for name, engine in engines.items()]
+        return cls(runs=runs, step=max(len(run["frames"]) for run in runs) - 1)  # the whole story first
 
     def summary(self) -> str:
         lines = ["Engine timeline: steps, tokens computed, preemptions, drafts accepted"]

@@ -70,7 +70,8 @@ function bits(fields) {
 }
 
 // A bar over four decades: 0.01 % is empty, 100 % is full.
-function errorCell(error) {
+function errorCell(error, drawn = true) {
+  if (!drawn) return element("td", { class: "oi-mono" }, percent(error));
   const filled = error > 0 ? Math.max(0, Math.min(1, (Math.log10(error) + 4) / 4)) : 0;
   const bar = element("span", { class: "oi-nf-bar", "aria-hidden": "true" }, element("i", { style: `width:${100 * filled}%` }));
   return element("td", { class: "oi-mono" }, bar, percent(error));
@@ -140,7 +141,7 @@ function render({ model, el }) {
         stored.append(element("small", {}, `${level} × ${Number(own.scale.toPrecision(4))}`));
       }
       return element("tr", {}, element("th", { scope: "row" }, `${format.name}`), element("td", {}, bits(own.fields)),
-        stored, errorCell(error), errorCell(norm ? wrong / norm : 0));
+        stored, errorCell(error), errorCell(norm ? wrong / norm : 0, false));
     }));
   }
 

@@ -65,6 +65,8 @@ def check(page: Page, engines: dict[str, Engine], step: int) -> None:
 
 
 def test_by_mouse(page: Page, engines: dict[str, Engine]) -> None:
+    check(page, engines, max(len(engine.log) for engine in engines.values()))  # the whole run, before anything is touched
+    page.get_by_label("step", exact=True).fill("0")
     check(page, engines, 1)
     page.get_by_role("button", name="next step").click()
     page.get_by_role("button", name="next step").click()
@@ -94,6 +96,7 @@ def test_by_keyboard(page: Page, engines: dict[str, Engine]) -> None:
             break
         page.keyboard.press("Tab")
     expect(slider).to_be_focused()
+    page.keyboard.press("Home")
     for _ in range(4):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
