@@ -65,7 +65,9 @@ def check(page: Page, engines: dict[str, Engine], step: int) -> None:
 
 
 def test_by_mouse(page: Page, engines: dict[str, Engine]) -> None:
-    check(page, engines, max(len(engine.log) for engine in engines.values()))  # the whole run, before anything is touched
+    check(
+        page, engines, max(len(engine.log) for engine in engines.values())
+    )  # the whole run, before anything is touched
     page.get_by_label("step", exact=True).fill("0")
     check(page, engines, 1)
     page.get_by_role("button", name="next step").click()
