@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 
 def cached_tokens(cache: Any) -> int:
@@ -25,7 +26,7 @@ def truncate(cache: Any, num_tokens: int) -> None:
         cache.truncate(num_tokens)
         return
     check_can_truncate(cache)
-    if all(layer.is_croppable for layer in cache.layers):
+    if all(map(_can_crop, cache.layers)):
         cache.crop(-extra)  # negative: how many to remove
     else:
         for layer in cache.layers:
@@ -39,8 +40,13 @@ def check_can_truncate(cache: Any) -> None:
     for layer in getattr(cache, "layers", []):
         static = isinstance(getattr(layer, "cumulative_length", None), torch.Tensor) and not layer.is_sliding
         sliding = getattr(layer, "is_sliding", False)
-        if sliding or not (layer.is_croppable or static):
+        if sliding or not (_can_crop(layer) or static):
             raise ValueError(
                 f"a {type(layer).__name__} cannot forget rejected tokens, so this model cannot decode speculatively with this "
                 f"cache; use a DynamicCache without a sliding window, a StaticCache, or optinfer.PagedCache"
             )
+
+
+def _can_crop(layer: Any) -> bool:
+    """Whether ``crop`` cuts this layer; transformers 5.15 has no word for it, there the dynamic layers can."""
+    return getattr(layer, "is_croppable", isinstance(layer, DynamicLayer))
