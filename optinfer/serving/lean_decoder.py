@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
+from optinfer.packed import PackedWeight, can_pack
 from optinfer.serving.cpu_kernels import CpuKernels
 from optinfer.serving.fuse import merged_weight
 from optinfer.serving.paged_batch import PagedBatch
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-_TYPICAL_TOKENS = 16  # tokens per step that oneDNN chooses its layout for
 
 
 class Product:
@@ -48,41 +48,14 @@ class Product:
         return self(x).add_(other)
 
 
-class PackedProduct(Product):
-    """The same from a copy of the weights in oneDNN's own layout; what follows the product is part of it."""
-
-    def __init__(self, layers: list[Any]):
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_TOKENS)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def silu(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
-
-
-def product(*layers: Any) -> Product:
+def product(*layers: Any) -> Product | PackedWeight:
     """Packed where that is possible: plain bf16 layers on a CPU whose oneDNN computes in bf16."""
-    packed = all(type(layer) is nn.Linear and _packs(layer.weight) for layer in layers)
-    same_bias = len({layer.bias is None for layer in layers if type(layer) is nn.Linear}) == 1
-    return PackedProduct(list(layers)) if packed and same_bias else Product(list(layers))
-
-
-def _packs(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and can_pack()
-
-
-def can_pack() -> bool:
-    """Whether this torch and this processor have oneDNN's bf16 products."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    packed = all(type(layer) is nn.Linear and can_pack(layer.weight) for layer in layers)
+    with_bias = [layer for layer in layers if getattr(layer, "bias", None) is not None]
+    if not packed or (with_bias and len(with_bias) < len(layers)):
+        return Product(list(layers))
+    bias = torch.cat([layer.bias for layer in layers]) if with_bias else None
+    return PackedWeight(torch.cat([layer.weight for layer in layers]), bias)
 
 
 class _Layer:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.packed import can_pack
 from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.fuse import fuse_projections
-from optinfer.serving.lean_decoder import LeanDecoder, can_pack
+from optinfer.serving.lean_decoder import LeanDecoder
 from optinfer.serving.paged_batch import IMPLEMENTATION, Chunk, KVPool, PagedBatch
 
 
@@ -51,8 +52,7 @@ class ModelRunner:
         self.model = model
         self.config = model.config.get_text_config()
         weight = model.get_input_embeddings().weight
-        on_cpu = weight.device.type == "cpu"
-        if fuse and not (on_cpu and weight.dtype == torch.bfloat16 and can_pack()):
+        if fuse and not can_pack(weight):
             fuse_projections(model)
         self.decoder: Any = LeanDecoder.of(model) if fuse else None
         if compile and self.decoder is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optinfer.errors import OptinferError
+from optinfer.packed import PackedWeight, can_pack
 from optinfer.speculative.drafters import Draft, Proposal
 from optinfer.speculative.sampler import Sampler
 
@@ -74,6 +75,7 @@ class DraftHead(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
         self.embedding: Tensor | None = None  # the target's, set by `attach`
         self.rows: Tensor | None = None  # its output rows for our vocabulary
+        self._packed: dict[str, PackedWeight] = {}
 
     @classmethod
     def for_model(cls, target: Any, vocabulary: Tensor) -> "DraftHead":
@@ -96,7 +98,7 @@ class DraftHead(nn.Module):
         return head.attach(target)
 
     def attach(self, target: Any) -> "DraftHead":
-        """Share the target's embeddings and output rows."""
+        """Share the target's embeddings and output rows; after this the layer's weights stay where and as they are."""
         if (
             target.config.hidden_size != self.sizes["hidden_size"]
             or int(self.vocabulary.max()) >= target.config.vocab_size
@@ -108,6 +110,10 @@ class DraftHead(nn.Module):
         self.to(target.device)
         self.embedding = target.get_input_embeddings().weight.detach()
         self.rows = target.get_output_embeddings().weight.detach()[self.vocabulary]
+        weights = {name: m.weight for name, m in self.named_children() if isinstance(m, nn.Linear)} | {
+            "rows": self.rows
+        }
+        self._packed = {name: PackedWeight(w) for name, w in weights.items() if can_pack(w)}
         return self
 
     def inputs(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -115,26 +121,32 @@ class DraftHead(nn.Module):
         assert self.embedding is not None
         dtype = self.fuse.weight.dtype
         embedded = self._norm(F.embedding(tokens, self.embedding).to(dtype), "embedding")
-        return self.fuse(torch.cat([embedded, self._norm(hidden.to(dtype), "hidden")], dim=-1))
+        return self._product("fuse", torch.cat([embedded, self._norm(hidden.to(dtype), "hidden")], dim=-1))
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [batch, heads, length, head_dim], keys and values [batch, kv_heads, length, head_dim]."""
         batch, length, _ = x.shape
-        heads = self.qkv(self._norm(x, "attention")).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        heads = self._product("qkv", self._norm(x, "attention")).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         qk = self._rotate(torch.cat([q, k], dim=1), positions)
         return qk[:, : self.num_heads], qk[:, self.num_heads :], v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the layer; the guess of the target's next hidden state, [batch, length, hidden_size]."""
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self._norm(x, "mlp")).chunk(2, dim=-1)
-        return self._norm(x + self.down(F.silu(gate) * up), "final")
+        x = x + self._product("out", attended.transpose(1, 2).flatten(2))
+        gate, up = self._product("gate_up", self._norm(x, "mlp")).chunk(2, dim=-1)
+        return self._norm(x + self._product("down", F.silu(gate) * up), "final")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the trimmed vocabulary, [..., trimmed]."""
         assert self.rows is not None
-        return F.linear(hidden.to(self.rows.dtype), self.rows)
+        return self._product("rows", hidden.to(self.rows.dtype))
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        """With a layer of this name, or the output rows."""
+        if name in self._packed and not torch.is_grad_enabled():
+            return self._packed[name](x)
+        return F.linear(x, self.get_parameter(f"{name}.weight") if name != "rows" else self.rows)  # type: ignore[arg-type]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.norms[name], self.eps)

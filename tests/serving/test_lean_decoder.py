@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
+from optinfer.packed import PackedWeight, can_pack
 from optinfer.serving import Engine, SamplingParams
 from optinfer.serving import lean_decoder as lean
-from optinfer.serving.lean_decoder import LeanDecoder, PackedProduct, Product
+from optinfer.serving.lean_decoder import LeanDecoder, Product
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.paged_batch import Chunk
 
@@ -28,7 +29,9 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
 }  # fmt: skip
-needs_bf16 = pytest.mark.skipif(not lean.can_pack(), reason="this processor has no bf16 products")
+needs_bf16 = pytest.mark.skipif(
+    not can_pack(torch.empty(1, 1).bfloat16()), reason="this processor has no bf16 products"
+)
 
 
 def small(build_model, family, **changes):
@@ -82,8 +85,8 @@ def test_packed_products(tokens):
     layers = [torch.nn.Linear(48, width).bfloat16() for width in (32, 7, 9)]
     x, other = torch.randn(tokens, 48).bfloat16(), torch.randn(tokens, 48).bfloat16()
     with torch.inference_mode():
-        packed, plain = PackedProduct(layers), Product(layers)
-        assert type(lean.product(*layers)) is PackedProduct
+        packed, plain = lean.product(*layers), Product(layers)
+        assert type(packed) is PackedWeight
         for name, more in (("__call__", ()), ("silu", ()), ("times", (other,)), ("plus", (other,))):
             ours, theirs = getattr(packed, name)(x, *more), getattr(plain, name)(x, *more)
             torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)

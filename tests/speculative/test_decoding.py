@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import optinfer
+from optinfer import data
 from optinfer.speculative import ChainDraft, Draft, ModelDraft, PromptLookupDraft, Proposal, QuantizedDraft, SelfDraft
 from optinfer.speculative.draft_head import DraftHead, HeadDraft
 from optinfer.speculative.draft_length import AdaptiveLength
@@ -425,3 +426,22 @@ def test_adaptive_length_leaves_a_draft_alone_that_is_too_slow_to_ever_pay():
     for _ in range(40):
         length.record("slow", 4, 4, 0.2, 1.05)
     assert length.choose("slow") == 4
+
+
+def test_a_packed_head_says_the_same():
+    target, _ = optinfer.load_model(dtype=torch.bfloat16, device="cpu")
+    path = next((data.root() / "data" / "drafts").glob("*.safetensors"))
+    head = DraftHead.load(path).attach(target)
+    if not head._packed:
+        pytest.skip("this processor has no bf16 products")
+    tokens, hidden = torch.randint(0, 1000, (1, 7)), torch.randn(1, 7, 576).bfloat16()
+
+    def said() -> torch.Tensor:
+        with torch.inference_mode():
+            x = head.inputs(tokens, hidden)
+            q, k, v = head.project(x, torch.arange(7))
+            return head.logits(head.finish(x, q * k[:, :1] + v[:, :1]))
+
+    packed = said()
+    head._packed = {}
+    torch.testing.assert_close(packed, said(), atol=0.05, rtol=0.02)
