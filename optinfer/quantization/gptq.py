@@ -143,20 +143,20 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     An input that calibration never saw has an empty row; it gets a diagonal of its own, which makes its column be
     rounded to nearest. Without success the damping is raised tenfold, three times, with a warning each.
     """
-    hessian = hessian.double().clone()
-    diagonal = hessian.diagonal()
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal().clone()
     unseen = diagonal == 0
     mean = diagonal[~unseen].mean() if bool((~unseen).any()) else torch.ones((), dtype=torch.float64)
     diagonal[unseen] = mean
     tried = damp
     for attempt in range(RETRIES + 1):
-        damped = hessian.clone()
-        damped.diagonal().add_(tried * mean.abs())
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().copy_(diagonal + tried * mean.abs())
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)  # one name: three matrices at a time, not five
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
         if not failed:
-            return upper
+            return factor
         if attempt < RETRIES:
             warnings.warn(
                 f"the Hessian is not positive definite with damp={tried:g}; trying damp={10 * tried:g}. "
