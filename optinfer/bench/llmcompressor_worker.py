@@ -36,9 +36,12 @@ def main() -> None:
     from compressed_tensors.quantization import forward_quantize
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():  # AWQ in 0.14 pins memory for one all the same, and stops with an error
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     order = json.load(sys.stdin)
     model = AutoModelForCausalLM.from_pretrained(order["model"], dtype="auto")
     sequences = order["sequences"]
