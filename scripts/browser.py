@@ -126,6 +126,8 @@ def open_notebook(page: Page, home: str, name: str) -> None:
     """Open a notebook in JupyterLab and wait until its kernel is there."""
     page.goto(f"{home}lab/tree/{name}?token=test&reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+    # "Idle" is also said before there is a kernel; cells that are run then would ask for one.
+    page.locator(".jp-NotebookPanel .jp-Toolbar-kernelName", has_text="Python 3").first.wait_for(timeout=90_000)
     page.locator(".jp-NotebookPanel [data-status=idle]").first.wait_for(timeout=90_000, state="attached")
 
 

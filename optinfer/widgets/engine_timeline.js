@@ -68,6 +68,8 @@ function facts(run, step) {
 }
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const runs = model.get("runs");
   const last = Math.max(...runs.map((run) => run.frames.length)) - 1;
   const root = element("div", { class: "oi" });

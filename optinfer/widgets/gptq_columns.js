@@ -19,6 +19,8 @@ function shape(tag, attributes, text) {
 const digits = (x) => x.toLocaleString("en-US", { maximumSignificantDigits: 3 });
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const frames = model.get("frames");
   const original = model.get("original");
   const rows = original.length, columns = original[0].length;

@@ -393,6 +393,8 @@ function h(tag, attributes = {}, ...children) {
 }
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const blockSize = model.get("block_size"), numBlocks = model.get("num_blocks"), words = model.get("words");
   const options = { prefixCaching: model.get("prefix_caching") };
   const word = (token) => words[token] ?? `t${token}`;

@@ -27,6 +27,8 @@ function element(tag, attributes = {}, ...children) {
 }
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const set = (name, value) => { model.set(name, value); model.save_changes(); };
 
   function choice(label, trait, options) {

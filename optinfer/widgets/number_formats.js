@@ -78,6 +78,8 @@ function errorCell(error, drawn = true) {
 }
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   let typed = null; // a number that replaces the picked weight
 
   const number = element("input", { type: "number", step: "any", class: "oi-nf-typed oi-mono", "aria-label": "The number" });

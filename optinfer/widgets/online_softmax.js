@@ -9,6 +9,8 @@ function element(tag, attributes = {}, ...children) {
 const number = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits).replace(/^-(0[.0]*)$/, "$1") : x > 0 ? "inf" : "-inf");
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const scores = model.get("scores");
   const frames = model.get("frames");
   const exact = model.get("exact");

@@ -18,6 +18,8 @@ function element(tag, attributes = {}, ...children) {
 }
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const tokens = model.get("tokens");
   const verdict = element("div", { class: "oi-row", "aria-live": "polite" });
   const sliders = [], rows = [];

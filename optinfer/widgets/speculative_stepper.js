@@ -7,6 +7,8 @@ function element(tag, attributes = {}, ...children) {
 const visible = (text) => text.replaceAll("\n", "⏎");
 
 function render({ model, el }) {
+  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
+  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
   const rounds = model.get("rounds");
   const token = (text, cls, mark) => element("span", { class: `tok ${cls}`, title: mark }, visible(text));
   const text = element("div", { class: "oi-panel text" }), draft = element("div", { class: "oi-panel" });
