@@ -65,6 +65,7 @@ def machine() -> list[Finding]:
     import torch
 
     from optinfer import hardware
+    from optinfer_kernels import acting_capability
 
     m = hardware.this_machine()
     capability = f", compute capability {m.capability[0]}.{m.capability[1]}" if m.capability else ""
@@ -78,6 +79,9 @@ def machine() -> list[Finding]:
     if m.device == "cpu" and torch.version.cuda:
         fix = "torch was built for CUDA but finds no GPU: nvidia-smi shows whether the driver does"
         found.append(Finding("GPU", "none visible", fix))
+    if acting := acting_capability():
+        fix = "unset OPTINFER_CAPABILITY to go back to this machine's own ways"
+        found.append(Finding("note", f"acting as compute capability {acting[0]}.{acting[1]}", fix))
     if m.capability and m.capability < (8, 0):
         fix = "compute in fp16; Triton has no tensor cores before sm_80, so attention uses torch's own"
         found.append(Finding("note", f"sm_{m.capability[0]}{m.capability[1]} has no bf16", fix))
@@ -90,14 +94,14 @@ def ways() -> list[Finding]:
     """How each lesson runs here: compiled, interpreted, in plain torch, or recorded."""
     import torch
 
+    from optinfer import hardware
     from optinfer.attention import select_backend
 
     gpu = torch.cuda.is_available()
     triton = importlib.util.find_spec("triton") is not None
     kernels = "compiled" if gpu and triton else "interpreted (slow, exact; for study)" if triton else "not at all"
     device = torch.device("cuda" if gpu else "cpu")
-    capability = torch.cuda.get_device_capability() if gpu else None
-    backend, reason = select_backend(device=device, capability=capability)
+    backend, reason = select_backend(device=device, capability=hardware.capability(device))
     return [
         Finding("quantization", "on the GPU" if gpu else "in plain torch"),
         Finding("attention, auto", f"{backend}: {reason}"),

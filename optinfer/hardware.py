@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optinfer_kernels import acting_capability
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,13 +27,21 @@ def default_device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def capability(device: "torch.device") -> tuple[int, int] | None:
+    """The GPU's compute capability; None for a CPU. ``OPTINFER_CAPABILITY`` overrides, so that other GPUs' ways run."""
+    import torch
+
+    if acting := acting_capability():
+        return acting
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def default_dtype(device: "torch.device") -> "torch.dtype":
     """bf16, or fp16 on GPUs before Ampere. ``torch.cuda.is_bf16_supported()`` says yes on a T4, which emulates it."""
     import torch
 
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
+    known = capability(device)
+    return torch.float16 if known and known < (8, 0) else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,12 @@ def this_machine() -> Machine:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, cores, memory = properties.name, properties.multi_processor_count, properties.total_memory
-        capability = torch.cuda.get_device_capability(device)
     else:
-        name, cores, memory, capability = processor_name(), usable_cores(), memory_bytes(), None
+        name, cores, memory = processor_name(), usable_cores(), memory_bytes()
     return Machine(
         name=name,
         device=device.type,
-        capability=capability,
+        capability=capability(device),
         cores=cores,
         memory_bytes=memory,
         bandwidth=measure_bandwidth(device),

@@ -9,6 +9,23 @@
 This package itself imports no Triton; its modules do, and say so with `TritonMissing` where there is none.
 """
 
+import os
+import re
+
+
+def acting_capability() -> tuple[int, int] | None:
+    """The compute capability in ``OPTINFER_CAPABILITY``, such as 7.5: act as if this machine's GPU had it.
+
+    So the ways of an older GPU (its dtype, its tiles) can be walked on any machine, a CPU too. None: not set.
+    """
+    given = os.environ.get("OPTINFER_CAPABILITY")
+    if not given:
+        return None
+    if not re.fullmatch(r"\d+\.\d", given):
+        raise ValueError(f"OPTINFER_CAPABILITY must be a compute capability such as 7.5, not {given!r}")
+    major, minor = given.split(".")
+    return int(major), int(minor)
+
 
 class TritonMissing(ImportError):
     """A Triton kernel was asked for on a machine without Triton (macOS, Windows, a minimal install)."""

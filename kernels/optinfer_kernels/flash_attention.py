@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from optinfer_kernels import require_triton
+from optinfer_kernels import acting_capability, require_triton
 from optinfer_kernels.attention_arguments import AttentionArguments, check_attention
 
 triton = require_triton()
 
 import triton.language as tl  # noqa: E402
 
-from optinfer_kernels.interpreter import launch, will_interpret  # noqa: E402
+from optinfer_kernels.interpreter import device_shape, launch, will_interpret  # noqa: E402
 
 LOG2E = math.log2(math.e)  # GPUs compute 2^x, not e^x: the scale absorbs the difference
 MAX_HEAD_DIM = 256
@@ -297,7 +297,6 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def choose_tile(q: torch.Tensor, softcap: bool) -> Tile:
     """The table's tile for this tensor's GPU; a middling one for the interpreter."""
-    if will_interpret(q.device):
+    if will_interpret(q.device) and acting_capability() is None:
         return INTERPRETER_TILE
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return tile_for(10 * major + minor, q.dtype, q.shape[3], softcap)
+    return tile_for(device_shape(q.device)[0], q.dtype, q.shape[3], softcap)

@@ -13,7 +13,7 @@ Sources: FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), section 3; Trito
 
 import torch
 
-from optinfer_kernels import require_triton
+from optinfer_kernels import acting_capability, require_triton
 from optinfer_kernels.attention_arguments import check_attention
 
 triton = require_triton()
@@ -32,7 +32,7 @@ from optinfer_kernels.flash_attention import (  # noqa: E402
     store_lse,
     tanh,
 )
-from optinfer_kernels.interpreter import launch, will_interpret  # noqa: E402
+from optinfer_kernels.interpreter import device_shape, launch, will_interpret  # noqa: E402
 
 
 @triton.jit
@@ -179,7 +179,6 @@ def tma_readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_tile(q: torch.Tensor) -> Tile:
-    if will_interpret(q.device):
+    if will_interpret(q.device) and acting_capability() is None:
         return INTERPRETER_TILE
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return tile_for(10 * major + minor, q.shape[3])
+    return tile_for(device_shape(q.device)[0], q.shape[3])

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from optinfer_kernels import require_triton
+from optinfer_kernels import acting_capability, require_triton
 
 triton = require_triton()
 
@@ -71,13 +71,18 @@ def will_interpret(device: Any) -> bool:
 
 
 def device_shape(device: Any) -> tuple[int, int]:
-    """(compute capability times ten, number of processors); a small imaginary GPU where kernels are interpreted."""
-    if will_interpret(device):
-        return 80, 8
-    import torch
+    """(compute capability times ten, number of processors); a small imaginary GPU where kernels are interpreted.
 
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    `acting_capability` comes before the real one.
+    """
+    capability, processors = (8, 0), 8
+    if not will_interpret(device):
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    major, minor = acting_capability() or capability
+    return 10 * major + minor, processors
 
 
 def _environment_interprets() -> bool:

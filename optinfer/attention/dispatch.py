@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from optinfer import hardware
 from optinfer.attention.online import online_softmax_attention
 from optinfer.attention.reference import attention_reference, causal_mask
 from optinfer_kernels.attention_arguments import DTYPES, AttentionArguments, check_attention
@@ -83,7 +84,7 @@ def flash_attention(
     a = check_attention(q, k, v, causal, scale, window, softcap)
     problem = Problem(
         device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        capability=hardware.capability(q.device),
         dtype=q.dtype,
         head_dim=a.head_dim,
         q_len=a.q_len,

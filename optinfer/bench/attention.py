@@ -121,8 +121,9 @@ def peers(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> di
         lengths = (sizes["q_len"], sizes["kv_len"])
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=device) if causal else None
         found["flex"] = lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=gqa)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    problem = Problem(device.type, capability, dtype, sizes["head_dim"], sizes["q_len"], sizes["kv_len"], causal)
+    problem = Problem(
+        device.type, hardware.capability(device), dtype, sizes["head_dim"], sizes["q_len"], sizes["kv_len"], causal
+    )
     for name in KERNELS:
         if obstacle(name, problem) is None:
             found[f"optinfer {name}"] = lambda q, k, v, name=name: flash_attention(q, k, v, causal, backend=name)

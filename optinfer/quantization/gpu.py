@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from optinfer import hardware
 from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.tensor import NestedScale as NestedTensor
 from optinfer.quantization.tensor import QuantizedTensor
@@ -43,7 +44,7 @@ def has_kernels(device: torch.device) -> bool:
         import optinfer_kernels.quantized_matmul_fast  # noqa: F401
     except TritonMissing:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return (hardware.capability(device) or (0, 0)) >= (8, 0)
 
 
 def as_kernel_weight(q: QuantizedTensor) -> QuantizedWeight | None:
