@@ -23,7 +23,7 @@ def recorded(rows, suite="quantized_matmul", device="a machine") -> Recorded:
 
 def row(peer, center, noise=0.01, **fields):
     samples = [center * random.uniform(1 - noise, 1 + noise) for _ in range(21)]
-    return {"peer": peer, "seconds": sorted(samples)[10], "samples": samples, "read_bytes": 7, **fields}
+    return {"peer": peer, **fields, "seconds": sorted(samples)[10], "samples": samples, "read_bytes": 7}
 
 
 def test_peers_take_turns():
@@ -54,9 +54,9 @@ def test_compare_tells_change_from_noise():
 
 
 def test_compare_matches_cases_not_results():
-    """Sizes are part of what was measured; bytes, errors and samples are results."""
+    """Sizes stand before the first figure and are part of what was measured; bytes, counts and errors are results."""
     before = [row("a", 1.0, tokens=1), row("a", 2.0, tokens=8)]
-    after = [{**row("a", 2.0, tokens=8), "read_bytes": 9, "error": 0.1}, row("a", 1.0, tokens=1)]
+    after = [{**row("a", 2.0, tokens=8), "read_bytes": 9, "steps": 3, "error": 0.1}, row("a", 1.0, tokens=1)]
     found = compare(recorded(before), recorded(after))
     assert [r["tokens"] for r in found] == [1, 8] and {r["verdict"] for r in found} == {"same"}
     with pytest.raises(ValueError, match="cannot compare suite"):
