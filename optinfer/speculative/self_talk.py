@@ -6,12 +6,16 @@ answer ends, the next user turn begins. Where questions are given, they take the
 length from first token to last: no padding, no mask.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
+
+from optinfer.packed import PackedWeight, can_pack
+from optinfer.serving import cpu_kernels
 
 
 class _GrowingLayer(DynamicLayer):
@@ -42,6 +46,11 @@ def _grouped_attention(module, query, key, value, attention_mask=None, scaling=N
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
+    elif compiled := cpu_kernels.of(query):  # a row's buffer is a page as long as the row
+        out, row = torch.empty(batch, heads, dim, dtype=query.dtype), torch.arange(batch)
+        keys, values, last = _whole_buffer(key), _whole_buffer(value), torch.full((batch,), key.shape[2] - 1)
+        compiled.attend(out, query[:, :, 0], keys, values, row[:, None], row, last, scaling or dim**-0.5)
+        return out[:, None], None
     else:
         grouped = query.view(batch, key.shape[1], -1, dim)
         out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, scale=scaling)
@@ -49,7 +58,29 @@ def _grouped_attention(module, query, key, value, attention_mask=None, scaling=N
     return out.transpose(1, 2), None
 
 
+def _whole_buffer(part: torch.Tensor) -> torch.Tensor:
+    """Of the first tokens [batch, kv_heads, length, dim] that `_GrowingLayer` shows, the buffer that holds them."""
+    batch, heads, _, dim = part.shape
+    return part.as_strided((batch, heads, part.stride(1) // dim, dim), part.stride())
+
+
 AttentionInterface.register("optinfer_self_talk", _grouped_attention)
+
+
+@contextlib.contextmanager
+def _fast(model: Any) -> Iterator[None]:
+    """The model with the attention above, and on a CPU with weights that are laid out once."""
+    attention = model.config._attn_implementation
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and can_pack(m.weight)]
+    model.set_attn_implementation("optinfer_self_talk")
+    for linear in linears:
+        linear.forward = PackedWeight(linear.weight, linear.bias)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward  # the class's own shows again
+        model.set_attn_implementation(attention)
 
 
 @torch.inference_mode()
@@ -87,9 +118,7 @@ def self_talk(
     answer = torch.zeros(rows, length, dtype=torch.bool, device=device)
 
     cache = Cache(layers=[_GrowingLayer(length) for _ in range(model.config.num_hidden_layers)])
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("optinfer_self_talk")
-    try:
+    with _fast(model):
         start = 0
         for position in range(len(opening), length + 1):
             states = model.model(tokens[:, start:position], past_key_values=cache).last_hidden_state
@@ -104,8 +133,6 @@ def self_talk(
             chosen = ids.gather(1, pick[:, None]).squeeze(1).tolist()
             answer[:, position] = answering
             tokens[:, position] = torch.tensor([s.say(token) for s, token in zip(speakers, chosen)], device=device)
-    finally:
-        model.set_attn_implementation(attention)
     return {"tokens": tokens.int(), "hidden": hidden, "answer": answer}
 
 

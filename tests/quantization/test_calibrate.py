@@ -7,6 +7,8 @@ import torch
 import transformers
 from torch import nn
 
+from optinfer import hardware
+from optinfer.bench.calibrated_quantization import isolated
 from optinfer.quantization.awq import ALPHAS, awq, clip_weight, fold, gain_offset, scale_layer, scaling_groups
 from optinfer.quantization.calibrate import CalibrationError, add_gram, calibrate, decoder_layers
 from optinfer.quantization.gptq import gptq, output_error
@@ -288,3 +290,30 @@ def test_unknown_wiring():
     )
     gptq(model, walk(model), group_size=32)  # GPTQ needs no wiring
     assert torch.isfinite(logits(model)).all()
+
+
+def peaks_of_walks() -> list[int]:
+    """This process's peak of memory, in bytes, after a walk over 2 layers, over 8, and over 8 whose statistics stay."""
+
+    def model(num_layers: int) -> nn.Module:
+        config = transformers.LlamaConfig(
+            vocab_size=128, hidden_size=256, intermediate_size=2048, num_hidden_layers=num_layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        )  # fmt: skip
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    few, many, peaks = model(2), model(8), []
+    for which, keep in ((few, False), (many, False), (many, True)):
+        run = calibrate(which, Letters(), TEXT * 2, num_sequences=60, length=48, progress=False)
+        kept = [layer.statistics if keep else None for layer in run]
+        assert len(kept) == len(run)
+        peaks.append(hardware.peak_memory_bytes())
+    return peaks
+
+
+def test_memory_holds_the_statistics_of_one_layer():
+    """Six layers more, of 18 MB of statistics each, must cost a fraction of that."""
+    one_layer = 4 * (3 * 256**2 + 2048**2)  # float32 Hessians: the inputs of q/k/v, of o, of gate/up, of down
+    few, many, kept = isolated(peaks_of_walks)
+    assert many - few < 2 * one_layer
+    assert kept - many > 4 * one_layer
