@@ -9,37 +9,23 @@ it generating; on a GPU, minutes. `OMP_NUM_THREADS=1` keeps it to one core.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from optinfer import data
 from optinfer.models import cache_directory, load_model
-from optinfer.speculative.distillation import batches, distillation_loss, frequent_tokens, read_shards
+from optinfer.speculative.distillation import batches, read_shards
 from optinfer.speculative.draft_head import SHIPPED, DraftHead, HeadDraft
+from optinfer.speculative.head_training import RECIPE, HeadTraining
 from optinfer.speculative.questions import questions
 from optinfer.speculative.self_talk import self_talk
 
-RECIPE = {
-    "seed": 0,
-    "free_talk_every": 4,  # shards; in the others the user's turns are questions that we made
-    "vocabulary": 8192,
-    "rows_per_batch": 8,
-    "held_out_rows": 16,
-    "single_step_share": 0.4,  # of the training time; after it the head is unrolled
-    "unrolled_steps": 3,
-    "learning_rate_single": 3e-3,
-    "learning_rate_unrolled": 2e-3,
-    "warmup_steps": 30,
-    "weight_decay": 0.01,
-    "gradient_norm": 1.0,
-}
+FREE_TALK_EVERY = 4  # shards; in the others the user's turns are questions that we made
+HELD_OUT_ROWS = 16
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -50,7 +36,7 @@ def generate(arguments: argparse.Namespace) -> None:
         path = arguments.folder / f"shard-{shard:04d}.safetensors"
         if path.exists():
             continue
-        asked = None if shard % RECIPE["free_talk_every"] == 0 else questions(seed=shard)
+        asked = None if shard % FREE_TALK_EVERY == 0 else questions(seed=shard)
         talk = self_talk(model, tokenizer, arguments.rows, arguments.length, seed=shard, questions=asked)
         partial = path.with_suffix(".partial")
         save_file({name: tensor.cpu() for name, tensor in talk.items()}, partial)
@@ -60,121 +46,45 @@ def generate(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Until the budget of training time is spent; new shards are picked up at each epoch."""
     model, _ = load_model(arguments.model, device=arguments.device)
-    run = Run.resume(arguments.folder / "checkpoint.safetensors", model, read_shards(arguments.folder), arguments.start)
+    checkpoint = arguments.folder / "checkpoint.safetensors"
+    if checkpoint.exists():
+        run = HeadTraining.resume(checkpoint, model)
+    else:
+        run = HeadTraining.begin(
+            model, shards_in(arguments.folder), arguments.start and DraftHead.load(arguments.start)
+        )
     budget = arguments.minutes * 60
     progress = tqdm(total=int(budget), initial=int(run.seconds), unit="s", desc="training")
     saved = time.monotonic()
     while run.seconds < budget:
-        shards, held_out = split(read_shards(arguments.folder))
-        for batch in batches(shards, RECIPE["rows_per_batch"], seed=run.step):
+        shards, held_out = split(shards_in(arguments.folder))
+        for batch in batches(shards, int(RECIPE["rows_per_batch"]), seed=run.step):
             started = time.monotonic()
-            run.train_step({k: v.to(model.device) for k, v in batch.items()}, fraction=run.seconds / budget)
+            run.train_step(batch, fraction=run.seconds / budget)
             run.seconds += time.monotonic() - started
             progress.update(int(run.seconds) - progress.n)
             if run.step % 50 == 0:
-                run.evaluate({k: v.to(model.device) for k, v in held_out.items()})
-                progress.set_postfix_str(f"step {run.step}, held out {run.curve[-1]['held_out']}")
+                progress.set_postfix_str(f"step {run.step}, held out {run.evaluate(held_out)['held_out']}")
             if time.monotonic() - saved > 60:
-                run.save()
+                run.save(checkpoint)
                 saved = time.monotonic()
             if run.seconds >= budget:
                 break
-    run.evaluate({k: v.to(model.device) for k, v in held_out.items()})
-    run.save()
+    run.evaluate(held_out)
+    run.save(checkpoint)
+
+
+def shards_in(folder: Path) -> list[dict[str, torch.Tensor]]:
+    shards = read_shards(folder)
+    if not shards:
+        raise SystemExit(f"there is no text in {folder}; run the generate stage first")
+    return shards
 
 
 def split(shards: list[dict[str, torch.Tensor]]) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """The shards without the rows that are only looked at, and those rows."""
-    rows = RECIPE["held_out_rows"]
-    first = {name: tensor[rows:] for name, tensor in shards[0].items()}
-    return [first, *shards[1:]], {name: tensor[:rows] for name, tensor in shards[0].items()}
-
-
-class Run:
-    """A training run that survives being stopped: weights, optimizer, curve, one safetensors file."""
-
-    def __init__(self, path: Path, head: DraftHead):
-        self.path, self.head = path, head
-        self.weights = dict(head.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.weights.values(), betas=(0.9, 0.95), weight_decay=RECIPE["weight_decay"]
-        )
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
-        self._losses: list[float] = []
-
-    @classmethod
-    def resume(cls, path: Path, model: Any, shards: list[dict[str, torch.Tensor]], start: Path | None = None) -> "Run":
-        """From the checkpoint at ``path``; without one from the layer of the head at ``start``, or from a random one."""
-        if not shards:
-            raise SystemExit(f"there is no text in {path.parent}; run the generate stage first")
-        if not path.exists():
-            torch.manual_seed(RECIPE["seed"])
-            chosen = frequent_tokens(shards, RECIPE["vocabulary"], model.config.vocab_size)
-            head = DraftHead.for_model(model, chosen)
-            if start is not None:  # a layer does not depend on the vocabulary
-                head.load_state_dict(DraftHead.load(start).state_dict() | {"vocabulary": chosen})
-            return cls(path, head)
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()["run"])
-        run = cls(path, DraftHead.for_model(model, state.pop("vocabulary")))
-        run.step, run.seconds, run.curve = facts["step"], facts["seconds"], facts["curve"]
-        for name, weight in run.weights.items():
-            weight.data.copy_(state[f"weight.{name}"])
-            run.optimizer.state[weight] = {
-                "step": torch.tensor(float(run.step)),
-                "exp_avg": state[f"mean.{name}"].to(weight.device),
-                "exp_avg_sq": state[f"square.{name}"].to(weight.device),
-            }
-        return run
-
-    def save(self) -> None:
-        state = {"vocabulary": self.head.vocabulary}
-        for name, weight in self.weights.items():
-            moments = self.optimizer.state[weight]
-            state |= {
-                f"weight.{name}": weight.data,
-                f"mean.{name}": moments["exp_avg"],
-                f"square.{name}": moments["exp_avg_sq"],
-            }
-        facts = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
-        partial = self.path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in state.items()}, partial, metadata={"run": json.dumps(facts)})
-        partial.rename(self.path)
-
-    def train_step(self, batch: dict[str, torch.Tensor], fraction: float) -> None:
-        """One step; ``fraction`` of the time budget is spent. Each phase's learning rate falls in a line."""
-        turn = RECIPE["single_step_share"]
-        single = fraction < turn
-        done = fraction / turn if single else (fraction - turn) / (1 - turn)
-        rate = RECIPE["learning_rate_single" if single else "learning_rate_unrolled"]
-        rate *= min(1.0, (self.step + 1) / RECIPE["warmup_steps"]) * (1 - (0.6 if single else 0.97) * done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(batch["tokens"].device.type, torch.bfloat16):
-            loss, _ = distillation_loss(self.head, batch, 1 if single else RECIPE["unrolled_steps"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), RECIPE["gradient_norm"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._losses.append(float(loss.detach()))
-
-    @torch.no_grad()
-    def evaluate(self, held_out: dict[str, torch.Tensor]) -> None:
-        with torch.autocast(held_out["tokens"].device.type, torch.bfloat16):
-            loss, shares = distillation_loss(self.head, held_out, RECIPE["unrolled_steps"])
-        recent, self._losses = self._losses, []
-        self.curve.append(
-            {
-                "step": self.step,
-                "seconds": round(self.seconds),
-                "train_loss": round(sum(recent) / max(1, len(recent)), 4),
-                "held_out_loss": round(float(loss), 4),
-                "held_out": [round(s, 4) for s in shares],
-            }
-        )
+    first = {name: tensor[HELD_OUT_ROWS:] for name, tensor in shards[0].items()}
+    return [first, *shards[1:]], {name: tensor[:HELD_OUT_ROWS] for name, tensor in shards[0].items()}
 
 
 def ship(arguments: argparse.Namespace) -> None:
@@ -183,8 +93,10 @@ def ship(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = load_model(arguments.model, device=arguments.device)
     shards = read_shards(arguments.folder)
-    run = Run.resume(arguments.folder / "checkpoint.safetensors", model, shards)
+    run = HeadTraining.resume(arguments.folder / "checkpoint.safetensors", model)
     recipe = RECIPE | {
+        "free_talk_every": FREE_TALK_EVERY,
+        "held_out_rows": HELD_OUT_ROWS,
         "data": "self-talk of the target: half of the answers greedy, half at temperature 0.9, top 50",
         "conversations": sum(s["tokens"].shape[0] for s in shards),
         "answer_tokens": int(sum(s["answer"].sum() for s in shards)),
