@@ -149,7 +149,7 @@ class DraftHead(nn.Module):
         return F.linear(x, self.get_parameter(f"{name}.weight") if name != "rows" else self.rows)  # type: ignore[arg-type]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.norms[name], self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.norms[name].to(x.dtype), self.eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         angle = positions[:, None].float() * self.frequency
