@@ -7,7 +7,7 @@ The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8()
 # A function may share its module's name (gptq, awq, calibrate, qat, smoothquant): imported here, the name is the function.
 from optinfer.quantization.awq import awq
 from optinfer.quantization.bitsandbytes_format import load_bitsandbytes, save_bitsandbytes
-from optinfer.quantization.calibrate import CalibrationError, calibrate
+from optinfer.quantization.calibrate import CalibrationError, InputStatistics, calibrate
 from optinfer.quantization.checkpoint import CheckpointError, save_checkpoint
 from optinfer.quantization.footprint import memory_footprint
 from optinfer.quantization.formats import FORMATS, NumberFormat, codebook, nf4_from_quantiles
@@ -30,6 +30,7 @@ __all__ = [
     "Agreement",
     "CalibrationError",
     "CheckpointError",
+    "InputStatistics",
     "NumberFormat",
     "OptinferConfig",
     "Perplexity",
