@@ -100,6 +100,7 @@ def ship(arguments: argparse.Namespace) -> None:
         "data": "self-talk of the target: half of the answers greedy, half at temperature 0.9, top 50",
         "conversations": sum(s["tokens"].shape[0] for s in shards),
         "answer_tokens": int(sum(s["answer"].sum() for s in shards)),
+        "began_from": run.began_from,
         "steps": run.step,
         "training_seconds": round(run.seconds),
         "curve": run.curve,

@@ -33,11 +33,14 @@ class HeadTraining:
 
     Attributes:
         head: the head.
+        began_from: a random layer, or a trained head.
         step: batches seen so far.
         seconds: spent training, kept by whoever runs it; saved and read back.
         curve: one dict per `evaluate`: ``step``, ``seconds``, ``train_loss``, ``held_out_loss``, and ``held_out``, the
             share of held-out tokens guessed right at each unrolled step.
     """
+
+    _FACTS = ("began_from", "step", "seconds", "curve")  # what a checkpoint holds beside tensors
 
     def __init__(self, head: DraftHead):
         self.head = head
@@ -45,6 +48,7 @@ class HeadTraining:
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), betas=(0.9, 0.95), weight_decay=RECIPE["weight_decay"]
         )
+        self.began_from = "a random layer"
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
         self._losses: list[float] = []
@@ -54,10 +58,11 @@ class HeadTraining:
         """For the tokens that are frequent in ``shards``: from a random layer, or from that of a ``trained`` head."""
         torch.manual_seed(RECIPE["seed"])
         chosen = frequent_tokens(shards, int(RECIPE["vocabulary"]), model.config.vocab_size)
-        head = DraftHead.for_model(model, chosen)
+        run = cls(DraftHead.for_model(model, chosen))
         if trained is not None:  # a layer does not depend on the vocabulary
-            head.load_state_dict(trained.state_dict() | {"vocabulary": chosen})
-        return cls(head)
+            run.head.load_state_dict(trained.state_dict() | {"vocabulary": chosen})
+            run.began_from = "a trained head"
+        return run
 
     @classmethod
     def resume(cls, path: Path, model: Any) -> "HeadTraining":
@@ -68,7 +73,8 @@ class HeadTraining:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = json.loads(file.metadata()["run"])
         run = cls(DraftHead.for_model(model, state.pop("vocabulary")))
-        run.step, run.seconds, run.curve = facts["step"], facts["seconds"], facts["curve"]
+        for name in cls._FACTS:
+            setattr(run, name, facts[name])
         for name, weight in run.weights.items():
             weight.data.copy_(state[f"weight.{name}"])
             run.optimizer.state[weight] = {
@@ -90,7 +96,7 @@ class HeadTraining:
                 f"mean.{name}": moments["exp_avg"],
                 f"square.{name}": moments["exp_avg_sq"],
             }
-        facts = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        facts = {name: getattr(self, name) for name in self._FACTS}
         partial = path.with_suffix(".partial")
         save_file({k: v.contiguous() for k, v in state.items()}, partial, metadata={"run": json.dumps(facts)})
         partial.rename(path)

@@ -110,3 +110,4 @@ def test_from_a_trained_head(target, shard):
     for name, weight in trained.weights.items():
         assert torch.equal(weight, again.weights[name])
     assert again.step == 0
+    assert (trained.began_from, again.began_from) == ("a random layer", "a trained head")
