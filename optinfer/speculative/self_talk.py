@@ -83,7 +83,7 @@ def _fast(model: Any) -> Iterator[None]:
         model.set_attn_implementation(attention)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a head will be trained on what is returned
 def self_talk(
     model: Any,
     tokenizer: Any,

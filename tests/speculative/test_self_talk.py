@@ -53,6 +53,7 @@ def test_hidden_states_are_the_targets(model):
     with torch.inference_mode():
         expected = model.model(talk["tokens"].long()).last_hidden_state
     torch.testing.assert_close(talk["hidden"], expected, atol=2e-3, rtol=2e-3)
+    assert not any(tensor.is_inference() for tensor in talk.values())  # a head is trained on them
 
 
 def test_no_question_is_about_what_the_draft_is_measured_by():
