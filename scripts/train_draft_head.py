@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace) -> None:
     saved = time.monotonic()
     while run.seconds < budget:
         shards, held_out = split(shards_in(arguments.folder))
-        for batch in batches(shards, int(RECIPE["rows_per_batch"]), seed=run.step):
+        for batch in batches(shards, RECIPE["rows_per_batch"], seed=run.step):
             started = time.monotonic()
             run.train_step(batch, fraction=run.seconds / budget)
             run.seconds += time.monotonic() - started

@@ -14,7 +14,7 @@ from torch import Tensor
 from optinfer.speculative.distillation import distillation_loss, frequent_tokens
 from optinfer.speculative.draft_head import DraftHead
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "seed": 0,
     "vocabulary": 8192,
     "rows_per_batch": 8,
@@ -57,7 +57,7 @@ class HeadTraining:
     def begin(cls, model: Any, shards: list[dict[str, Tensor]], trained: DraftHead | None = None) -> "HeadTraining":
         """For the tokens that are frequent in ``shards``: from a random layer, or from that of a ``trained`` head."""
         torch.manual_seed(RECIPE["seed"])
-        chosen = frequent_tokens(shards, int(RECIPE["vocabulary"]), model.config.vocab_size)
+        chosen = frequent_tokens(shards, RECIPE["vocabulary"], model.config.vocab_size)
         run = cls(DraftHead.for_model(model, chosen))
         if trained is not None:  # a layer does not depend on the vocabulary
             run.head.load_state_dict(trained.state_dict() | {"vocabulary": chosen})
@@ -110,7 +110,7 @@ class HeadTraining:
         rate *= min(1.0, (self.step + 1) / RECIPE["warmup_steps"]) * (1 - (0.6 if single else 0.97) * done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, _ = self._loss(batch, 1 if single else int(RECIPE["unrolled_steps"]))
+        loss, _ = self._loss(batch, 1 if single else RECIPE["unrolled_steps"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), RECIPE["gradient_norm"])
         self.optimizer.step()
@@ -122,7 +122,7 @@ class HeadTraining:
     @torch.no_grad()
     def evaluate(self, held_out: dict[str, Tensor]) -> dict[str, Any]:
         """Add a point to the curve, and return it."""
-        loss, shares = self._loss(held_out, int(RECIPE["unrolled_steps"]))
+        loss, shares = self._loss(held_out, RECIPE["unrolled_steps"])
         recent, self._losses = self._losses, []
         self.curve.append(
             {
