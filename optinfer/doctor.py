@@ -115,7 +115,7 @@ def default_model() -> list[Finding]:
     """Whether the default model is in the cache."""
     from optinfer import models
 
-    folder = models.cache_directory() / models.DEFAULT_MODEL
+    folder = cache_directory() / models.DEFAULT_MODEL
     if models.is_intact(folder):
         shown = str(folder).replace(str(Path.home()), "~", 1)
         return [Finding("default model", f"{models.DEFAULT_MODEL} in {shown}")]

@@ -1,10 +1,19 @@
-"""Folders that appear whole or not at all."""
+"""Where things are kept, and folders that appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Where converted models and compiled kernels live: ``$OPTINFER_CACHE``, or ``optinfer`` in the user's cache folder."""
+    if given := os.environ.get("OPTINFER_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "optinfer"
 
 
 @contextlib.contextmanager

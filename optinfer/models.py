@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optinfer.errors import OptinferError
+from optinfer.folders import cache_directory
 
 if TYPE_CHECKING:
     import torch
@@ -95,14 +96,6 @@ def _folder_or_hub_id(name: str | os.PathLike[str]) -> str:
     if looks_like_path:
         raise OptinferError(f"there is no folder {str(name)!r}")
     return str(name)
-
-
-def cache_directory() -> Path:
-    """Where converted models live: ``$OPTINFER_CACHE``, or ``optinfer`` in the user's cache folder."""
-    if given := os.environ.get("OPTINFER_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "optinfer"
 
 
 def default_model_path() -> Path:

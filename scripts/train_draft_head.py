@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from optinfer import data
-from optinfer.models import cache_directory, load_model
+from optinfer.folders import cache_directory
+from optinfer.models import load_model
 from optinfer.speculative.distillation import batches, read_shards
 from optinfer.speculative.draft_head import SHIPPED, DraftHead, HeadDraft
 from optinfer.speculative.head_training import RECIPE, HeadTraining

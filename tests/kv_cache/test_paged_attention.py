@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from optinfer.kv_cache import paged_attention, paged_attention_reference
 from optinfer.kv_cache.paged_cache import quantize_kv
 
-TORCH_BACKENDS = ["reference", "sdpa"]
+CPU_BACKENDS = ["reference", "sdpa", "loops"]
 
 
 def problem(lens, heads=4, kv_heads=2, head_dim=32, block_size=16, q_len=1, dtype=torch.float32, int8=False, seed=0):
@@ -61,8 +61,74 @@ def assert_close_to_exact(out, arguments, kwargs):
 )
 def test_torch_backends_on_random_shapes(lens, heads, head_dim, block_size, q_len, int8, seed):
     arguments, kwargs = problem(lens, *heads, head_dim, block_size, q_len, int8=int8, seed=seed)
-    for backend in TORCH_BACKENDS:
+    for backend in CPU_BACKENDS:
         assert_close_to_exact(paged_attention(*arguments, backend=backend, **kwargs), arguments, kwargs)
+
+
+def ragged_problem(queries, contexts, seed=0, **options):
+    """`problem` with so many queries of each sequence, packed."""
+    (q, k, v, tables, lens), kwargs = problem(contexts, q_len=max(queries), seed=seed, **options)
+    q = q.unsqueeze(2) if max(queries) == 1 else q  # [batch, heads, most, head_dim]
+    packed = torch.cat([row[:, -n:].transpose(0, 1) for row, n in zip(q, queries)])
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    return (packed, k, v, tables, lens), {**kwargs, "query_starts": starts}
+
+
+@st.composite
+def ragged_problems(draw):
+    contexts = draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
+    queries = [draw(st.integers(1, n)) if draw(st.booleans()) else 1 for n in contexts]
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (6, 2), (9, 3), (40, 1)]))
+    arguments, options = ragged_problem(
+        queries,
+        contexts,
+        draw(st.integers(0, 1000)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([8, 20, 64])),
+        block_size=draw(st.sampled_from([1, 5, 16])),
+        int8=draw(st.booleans()),
+    )
+    options["window"] = draw(st.sampled_from([None, 1, 7, 30]))
+    options["softcap"] = draw(st.sampled_from([None, 3.0]))
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(heads, generator=torch.Generator().manual_seed(heads)) * 3
+    return arguments, options
+
+
+@settings(max_examples=80, deadline=None)
+@given(ragged_problems())
+def test_ragged_batches_windows_caps_and_sinks(case):
+    arguments, options = case
+    for backend in CPU_BACKENDS:
+        assert_close_to_exact(paged_attention(*arguments, backend=backend, **options), arguments, options)
+
+
+@settings(max_examples=12, deadline=None)
+@given(ragged_problems(), st.sampled_from([1, 2, 4]))
+def test_the_kernel_on_ragged_batches(case, splits):
+    from optinfer_kernels.paged_attention import paged_attention as kernel
+
+    arguments, options = case
+    assert_close_to_exact(kernel(*arguments, splits=splits, **options), arguments, options)
+
+
+def test_a_ragged_batch_is_its_sequences_one_by_one():
+    """The reference itself, against dense attention written out for one query at a time."""
+    (q, k, v, tables, lens), options = ragged_problem([1, 4, 9], [20, 4, 33])
+    sinks = torch.randn(4)
+    out = paged_attention_reference(q, k, v, tables, lens, window=6, softcap=2.0, sinks=sinks, **options)
+    row = 0
+    for i, queries in enumerate([1, 4, 9]):
+        for position in range(int(lens[i]) - queries, int(lens[i])):
+            seen = torch.arange(max(0, position - 5), position + 1)
+            page, slot = tables[i, seen // 16].long(), seen % 16
+            for head in range(4):
+                keys, values = (x[page, slot, head // 2].double() for x in (k, v))
+                scores = 2 * torch.tanh(keys @ q[row, head].double() / 32**0.5 / 2)
+                weights = scores.exp() / (scores.exp().sum() + sinks[head].double().exp())
+                torch.testing.assert_close(out[row, head].double(), weights @ values, atol=1e-5, rtol=1e-5)
+            row += 1
 
 
 def test_pages_equal_ordinary_attention():
