@@ -4,7 +4,13 @@ Importing this package is cheap: it loads neither torch nor transformers until a
 """
 
 import importlib
+import os
+import sys
 from typing import Any
+
+if "torch" not in sys.modules:
+    # Between two operations torch's threads would spin for milliseconds, on cores that the C++ kernels' threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

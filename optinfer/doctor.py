@@ -74,8 +74,10 @@ def machine() -> list[Finding]:
         Finding("device", f"{m.name}{capability}, {m.cores} {kind}"),
         Finding("memory", f"{m.memory_bytes / 1e9:.1f} GB"),
         Finding("bandwidth", f"{m.bandwidth / 1e9:,.1f} GB/s reading (measured)"),
-        Finding("matmul", f"{m.matmul_flops / 1e9:,.0f} GFLOP/s in {m.dtype} (measured)"),
+        Finding("matmul", f"{m.matmul_flops / 1e9:,.0f} GFLOP/s in a linear layer, {m.dtype} (measured)"),
     ]
+    if m.device == "cpu":
+        found += arithmetic()
     if m.device == "cpu" and torch.version.cuda:
         fix = "torch was built for CUDA but finds no GPU: nvidia-smi shows whether the driver does"
         found.append(Finding("GPU", "none visible", fix))
@@ -90,32 +92,55 @@ def machine() -> list[Finding]:
     return found
 
 
+def arithmetic() -> list[Finding]:
+    """Which instructions the processor has for matrix products, and what a model therefore runs in."""
+    from optinfer import cpu
+    from optinfer.processor import linear_speeds, this_processor
+
+    p, speeds = this_processor(), linear_speeds()
+    known = ", ".join(p.instructions) or "unknown"
+    found = [Finding("processor", f"{p.vendor} family {p.family} model {p.model}: {known}".strip())]
+    torch_s, kernels_s = speeds.bfloat16, speeds.bfloat16_kernels
+    ratios = " and ".join(f"{half / full:.1f}x" for half, full in zip(torch_s, speeds.float32))
+    text = f"models run in {str(speeds.dtype).removeprefix('torch.')}; bf16 in torch takes {ratios} the time of fp32"
+    if kernels_s:
+        text += ", in our kernels " + " and ".join(
+            f"{half / full:.1f}x" for half, full in zip(kernels_s, speeds.float32)
+        )
+    found.append(Finding("16 bits", f"{text} (1 and 64 rows, measured)"))
+    if cpu.kernels() is None:
+        fix = "install a C++ compiler (g++ or clang): CPU kernels are compiled once, and make 16 bits and fewer fast"
+        found.append(Finding("CPU kernels", "none: no C++ compiler", fix))
+    return found
+
+
 def ways() -> list[Finding]:
     """How each lesson runs here: compiled, interpreted, in plain torch, or recorded."""
     import torch
 
-    from optinfer import hardware
+    from optinfer import cpu, hardware
     from optinfer.attention import select_backend
 
     gpu = torch.cuda.is_available()
     triton = importlib.util.find_spec("triton") is not None
     kernels = "compiled" if gpu and triton else "interpreted (slow, exact; for study)" if triton else "not at all"
     device = torch.device("cuda" if gpu else "cpu")
+    on_cpu = "in C++ compiled for this processor" if cpu.kernels() is not None else "in plain torch"
     backend, reason = select_backend(device=device, capability=hardware.capability(device))
     return [
-        Finding("quantization", "on the GPU" if gpu else "in plain torch"),
+        Finding("quantized products", "on the GPU" if gpu else on_cpu),
         Finding("attention, auto", f"{backend}: {reason}"),
         Finding("Triton kernels", kernels, "" if triton else "install triton (Linux) to run them"),
-        Finding("KV cache, speculation, serving", "on the GPU" if gpu else "in plain torch"),
+        Finding("KV cache, speculation, serving", "on the GPU" if gpu else on_cpu),
         Finding("GPU figures", "measured here" if gpu else "shown as recorded, where a recording exists"),
     ]
 
 
 def default_model() -> list[Finding]:
     """Whether the default model is in the cache."""
-    from optinfer import models
+    from optinfer import folders, models
 
-    folder = cache_directory() / models.DEFAULT_MODEL
+    folder = folders.cache_directory() / models.DEFAULT_MODEL
     if models.is_intact(folder):
         shown = str(folder).replace(str(Path.home()), "~", 1)
         return [Finding("default model", f"{models.DEFAULT_MODEL} in {shown}")]

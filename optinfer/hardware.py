@@ -2,7 +2,6 @@
 
 import functools
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -37,11 +36,19 @@ def capability(device: "torch.device") -> tuple[int, int] | None:
 
 
 def default_dtype(device: "torch.device") -> "torch.dtype":
-    """bf16, or fp16 on GPUs before Ampere. ``torch.cuda.is_bf16_supported()`` says yes on a T4, which emulates it."""
+    """What a model runs in: on a GPU bf16, or fp16 before Ampere (``torch.cuda.is_bf16_supported()`` says yes on a T4, which
+    emulates it); on a CPU what a linear layer was measured to be fastest in (`processor.linear_speeds`).
+    """
     import torch
 
     known = capability(device)
-    return torch.float16 if known and known < (8, 0) else torch.bfloat16
+    if known:
+        return torch.float16 if known < (8, 0) else torch.bfloat16
+    if device.type != "cpu":
+        return torch.bfloat16
+    from optinfer.processor import linear_speeds
+
+    return linear_speeds().dtype
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,10 @@ class Machine:
         cores: streaming multiprocessors of a GPU, usable cores of a CPU.
         memory_bytes: of the GPU, or of the computer.
         bandwidth: bytes per second, reading a large array once (measured).
-        matmul_flops: floating-point operations per second of a large matrix product in ``dtype`` (measured).
-        dtype: the type the product was measured in.
+        matmul_flops: floating-point operations per second of a linear layer with many rows, ``x @ W.T``, as a model of
+            ``dtype`` computes it (measured).
+        dtype: the type that models run in.
+        processor: vendor, family, model and instructions of a CPU (see `processor.Processor`); None for a GPU.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Machine:
     bandwidth: float
     matmul_flops: float
     dtype: str
+    processor: dict[str, object] | None = None
 
     @property
     def ridge(self) -> float:
@@ -94,13 +104,17 @@ def this_machine() -> Machine:
     """Measure this machine, once per process; takes one or two seconds."""
     import torch
 
+    from optinfer.processor import Processor, this_processor
+
     device = default_device()
     dtype = default_dtype(device)
+    processor: Processor | None = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, cores, memory = properties.name, properties.multi_processor_count, properties.total_memory
     else:
-        name, cores, memory = processor_name(), usable_cores(), memory_bytes()
+        processor = this_processor()
+        name, cores, memory = processor.name, usable_cores(), memory_bytes()
     return Machine(
         name=name,
         device=device.type,
@@ -110,18 +124,8 @@ def this_machine() -> Machine:
         bandwidth=measure_bandwidth(device),
         matmul_flops=measure_matmul(device, dtype),
         dtype=str(dtype).removeprefix("torch."),
+        processor=asdict(processor) if processor else None,
     )
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
@@ -169,18 +173,40 @@ def measure_bandwidth(device: "torch.device") -> float:
     """Bytes per second when an array far larger than any cache is read once, as a decode step reads the weights."""
     import torch
 
-    elements = (2**30 if device.type == "cuda" else 2**26) // 4 * (4 if device.type == "cuda" else 2)
-    array = torch.ones(elements, device=device)
-    seconds = best_seconds(lambda: array.sum(), device)
-    return array.numel() * array.element_size() / seconds
+    if device.type == "cuda":
+        array = torch.ones(2**30, device=device)
+        return array.nbytes / best_seconds(lambda: array.sum(), device)
+    from optinfer import cpu
+
+    array = torch.ones(2**27)
+    kernels = cpu.kernels()
+    reads = [lambda: array.sum()] if kernels is None else [lambda: array.sum(), lambda: kernels.read_all(array)]
+    return array.nbytes / min(best_seconds(read, device) for read in reads)
 
 
 def measure_matmul(device: "torch.device", dtype: "torch.dtype") -> float:
-    """Floating-point operations per second of a square product (random values: zeros run unrealistically fast)."""
+    """Floating-point operations per second of a linear layer with many rows, as a model of this dtype computes it.
+
+    Random values: zeros run unrealistically fast.
+    """
     import torch
 
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
-    seconds = best_seconds(lambda: a @ b, device)
-    return 2 * n**3 / seconds
+    from optinfer import cpu
+
+    out_features, in_features, rows = (8192, 8192, 8192) if device.type == "cuda" else (1536, 576, 512)
+    layer = torch.nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+    if device.type == "cpu" and not has_fast_half(device):
+        cpu.use_cpu_linear(layer)
+    x = torch.randn(rows, in_features, device=device).to(dtype)
+    with torch.inference_mode():
+        seconds = best_seconds(lambda: layer(x), device)
+    return 2 * rows * out_features * in_features / seconds
+
+
+def has_fast_half(device: "torch.device") -> bool:
+    """Whether torch itself computes 16-bit products on the device at least as fast as in float32."""
+    if device.type != "cpu":
+        return True
+    from optinfer.processor import linear_speeds
+
+    return linear_speeds().torch_half_is_fast

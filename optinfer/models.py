@@ -44,7 +44,7 @@ def load_model(
 
     Args:
         name: None for the embedded default, a folder written by ``save_pretrained``, or a hub id.
-        dtype: weights' type; default bf16 where the device computes in it, fp16 on other GPUs (a T4).
+        dtype: weights' type; default: see `hardware.default_dtype`.
         device: default the GPU when there is one.
         **kwargs: passed on to ``AutoModelForCausalLM.from_pretrained`` (``attn_implementation``, …).
 
@@ -82,7 +82,14 @@ def load_model(
                 f"the weights in {str(source)!r} are corrupt ({error}); fetch or save them again"
             ) from error
         raise
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if device.type == "cpu":
+        from optinfer import cpu
+
+        cpu.move_to_large_pages(model)
+        if not hardware.has_fast_half(device):
+            cpu.use_cpu_linear(model)  # 16-bit weights stay what they are, and are multiplied faster
+    return model, tokenizer
 
 
 def _folder_or_hub_id(name: str | os.PathLike[str]) -> str:

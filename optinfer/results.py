@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     from optinfer import hardware
+    from optinfer.processor import this_processor
 
     on_gpu = torch.cuda.is_available()
     versions = {}
@@ -50,7 +51,8 @@ def provenance() -> dict[str, Any]:
     versions.setdefault("torch", torch.__version__)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if on_gpu else hardware.processor_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else this_processor().name,
+        "processor": asdict(this_processor()),
         "cores": hardware.usable_cores(),
         "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,

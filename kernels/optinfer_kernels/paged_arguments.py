@@ -88,7 +88,9 @@ def check_paged_attention(
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
     if q.dim() not in (3, 4) or (query_starts is not None and q.dim() != 3):
-        shapes = "[batch, heads, head_dim] or [batch, heads, q_len, head_dim]; with query_starts [tokens, heads, head_dim]"
+        shapes = (
+            "[batch, heads, head_dim] or [batch, heads, q_len, head_dim]; with query_starts [tokens, heads, head_dim]"
+        )
         raise ValueError(f"q must be {shapes}, got {list(q.shape)}")
     if q.dtype not in DTYPES:
         raise TypeError(f"q has dtype {q.dtype}; supported: float16, bfloat16, float32")

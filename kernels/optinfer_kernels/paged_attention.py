@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: for decoding, for prompts in chunks, and for both in one call.
 
 The queries of all sequences lie in a row; sequence b owns the rows from `query_starts[b]` to `query_starts[b + 1]`, and
-they are the last ones of its context. In decoding, one query per sequence reads that sequence's whole cache: all memory traffic, hardly any
-arithmetic. So the kernel is organized around reading every key and value exactly once, by enough programs to
+they are the last ones of its context. In decoding, one query per sequence reads that sequence's whole cache: all memory
+traffic, hardly any arithmetic. So the kernel is organized around reading every key and value exactly once, by enough programs to
 keep the whole GPU busy even for one sequence:
 
 - the query heads that share a KV head (grouped-query attention) are rows of *one* tile, so a key is read once
@@ -80,10 +80,9 @@ def paged_attention_kernel(
 
     m = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:  # a key that everybody sees and whose value is zero: one split counts it
-        if split == 0:
-            m = tl.load(sink_ptr + head, mask=rows < q_len * GROUP, other=0.0) * 1.4426950408889634
-            l = tl.full([BLOCK_M], 1.0, tl.float32)
+    if SINKS and split == 0:  # a key that everybody sees and whose value is zero: one split counts it
+        m = tl.load(sink_ptr + head, mask=rows < q_len * GROUP, other=0.0) * 1.4426950408889634
+        l = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
@@ -195,10 +194,10 @@ def paged_attention(
     block_tables [batch, max_blocks] and context_lens [batch] (tokens of each sequence, the queries included) are int32 or
     int64. A query sees keys up to its own position, `window` of them at most; see `PagedArguments` for softcap and sinks.
     """
-    options = {"query_starts": query_starts, "max_queries": max_queries, "window": window, "softcap": softcap}
     a = check_paged_attention(
-        q, k_cache, v_cache, block_tables, context_lens, scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, **options
-    )
+        q, k_cache, v_cache, block_tables, context_lens, scale, query_starts=query_starts, max_queries=max_queries,
+        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
     queries = a.q.contiguous()
     out = torch.empty_like(queries)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from optinfer import cpu
 from optinfer.hardware import best_seconds, default_device, default_dtype
 from optinfer.kv_cache import paged_attention
-from optinfer.kv_cache.paged_attention import gather_pages
+from optinfer.kv_cache.attention import gather_pages
 
 KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE = 8, 4, 128, 16
 
@@ -46,6 +47,8 @@ def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) 
         "contiguous": contiguous,
         "paged: gather, then sdpa": lambda: paged_attention(q, k, v, tables, lens, backend="sdpa"),
     }
+    if device.type == "cpu" and cpu.kernels() is not None:
+        peers["paged: loops"] = lambda: paged_attention(q, k, v, tables, lens, backend="loops")
     if device.type == "cuda":
         peers["paged: triton"] = lambda: paged_attention(q, k, v, tables, lens, backend="triton")
     expected = contiguous().float()

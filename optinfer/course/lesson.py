@@ -126,11 +126,11 @@ class Lesson:
     def device_name(self) -> str:
         import torch
 
-        from optinfer import hardware
+        from optinfer import hardware, processor
 
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{hardware.processor_name()}, {hardware.usable_cores()} cores"
+        return f"{processor.this_processor().name}, {hardware.usable_cores()} cores"
 
     def __repr__(self) -> str:
         return f"Lesson {self.name!r} on {self.device_name()} in {str(self.dtype).removeprefix('torch.')}"

@@ -10,15 +10,25 @@ What is in the room, in reading order:
 * `attention.hpp`: the online softmax over pages;
 * `decoder.hpp`: one step of a Llama-like decoder made of these;
 * `library.cpp`: what Python calls; `library.py` compiles and loads it, `structs.py` says what the structs look like;
-* `weights.py`, `linear.py`: a weight as the kernels see it, and a linear layer that uses it.
+* `weights.py`, `layers.py`: a weight as the kernels see it, and a linear layer that uses it.
 """
 
+from optinfer.cpu.large_pages import move_to_large_pages
+from optinfer.cpu.layers import Linear, linear, remembered, use_cpu_linear
 from optinfer.cpu.library import CpuKernels, kernels
-from optinfer.cpu.linear import Linear, linear, use_cpu_linear
 from optinfer.cpu.structs import Pages, Scoring, Sequences
 from optinfer.cpu.weights import CpuWeight
 
 __all__ = [
-    *("CpuKernels", "CpuWeight", "Linear", "Pages", "Scoring", "Sequences"),
-    *("kernels", "linear", "use_cpu_linear"),
+    "CpuKernels",
+    "CpuWeight",
+    "Linear",
+    "Pages",
+    "Scoring",
+    "Sequences",
+    "kernels",
+    "linear",
+    "move_to_large_pages",
+    "remembered",
+    "use_cpu_linear",
 ]

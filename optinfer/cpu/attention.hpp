@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "numbers.hpp"
+#include "team.hpp"
 #include "vectors.hpp"
 
 const int TILE = 16;  // keys at a time
@@ -192,14 +193,13 @@ static void attend_span(const Pages& pages, const Sequences& sequences, const Sc
         read_row(&state.sums[row * width], dim, 1 / state.total[row], at(out, out_stride, row));
 }
 
-// For all threads of a parallel region; complete when it returns.
 template <class T>
 static void attend(const Pages& pages, const Sequences& sequences, const std::vector<Span>& spans, const Scoring& scoring,
-                   int64 heads, const float* q, int64 q_stride, float* out, int64 out_stride) {
-#pragma omp for collapse(2) schedule(dynamic)
-    for (size_t i = 0; i < spans.size(); ++i)
-        for (int64 head = 0; head < pages.kv_heads; ++head)
-            attend_span<T>(pages, sequences, scoring, spans[i], head, heads / pages.kv_heads, q, q_stride, out, out_stride);
+                   int64 heads, const float* q, int64 q_stride, float* out, int64 out_stride, int threads) {
+    Team::each(spans.size() * pages.kv_heads, threads, [&](int64 i) {
+        const Span& span = spans[i / pages.kv_heads];
+        attend_span<T>(pages, sequences, scoring, span, i % pages.kv_heads, heads / pages.kv_heads, q, q_stride, out, out_stride);
+    });
 }
 
 // Copy keys and values [tokens, kv_heads, head_dim] to their slots: slot = block * block_size + place in the block.

@@ -1,7 +1,6 @@
 // One step of a Llama-like decoder: packed tokens of many sequences in, logits out.
 //
-// All between the products is done in fp32 and in one pass each. Threads walk through the same lines; `omp for` shares
-// out tokens, rows or spans, and waits at its end until all are done.
+// All between the products is done in fp32, a token at a time.
 #pragma once
 
 #include "attention.hpp"
@@ -71,8 +70,7 @@ struct Workspace {
 };
 
 static void decode(const Decoder& model, const Step& step, int threads) {
-    static thread_local Workspace own;
-    Workspace& space = own;
+    static thread_local Workspace space;
     const int64 hidden = model.hidden, dim = model.head_dim, width = (model.heads + 2 * model.kv_heads) * dim;
     const int64 q_width = model.heads * dim, rotated = model.heads + model.kv_heads;
     auto grow = [](std::vector<float>& v, int64 size) { if ((int64)v.size() < size) v.resize(size); };
@@ -87,68 +85,64 @@ static void decode(const Decoder& model, const Step& step, int threads) {
     float *gate = space.gate.data(), *up = space.up.data(), *weights = space.weights.data();
     const std::vector<Span> spans = spans_of(step.sequences, model.heads / model.kv_heads);
 
+    const int helpers = step.tokens > 16 ? threads : 1;  // few tokens are sooner done alone
+
+    auto for_tokens = [&](auto body) { Team::each(step.tokens, helpers, body); };
     auto normalize = [&](const Numbers& weight, const float* from, float* to, int64 tokens) {
-#pragma omp single
         weight.read(0, hidden, weights);
-#pragma omp for schedule(static)
-        for (int64 token = 0; token < tokens; ++token)
+        Team::each(tokens, helpers, [&](int64 token) {
             rms_norm(from + token * hidden, weights, model.eps, hidden, to + token * hidden);
+        });
+    };
+    auto multiply = [&](const Weight& w, const float* from, int64 tokens, float* to, int64 stride) {
+        product(w, space.activations, from, tokens, to, stride, threads);
     };
     auto add_product = [&](const Weight& w, const float* from) {  // x += from @ w.T
-        product(w, space.activations, from, step.tokens, normed, hidden);
-#pragma omp for schedule(static)
-        for (int64 i = 0; i < step.tokens * hidden; ++i) x[i] += normed[i];
+        multiply(w, from, step.tokens, normed, hidden);
+        for_tokens([&](int64 token) {
+            for (int64 i = token * hidden; i < (token + 1) * hidden; ++i) x[i] += normed[i];
+        });
     };
-    auto turn = [&](const Numbers& norm, int64 token, int64 first, int64 count) {
+    auto turn = [&](const float* norm, int64 token, int64 first, int64 count) {
         for (int64 head = first; head < first + count; ++head) {
             float* at = qkv + token * width + head * dim;
-            if (norm) {
-                std::vector<float> weight(dim);
-                norm.read(0, dim, weight.data());
-                rms_norm(at, weight.data(), model.eps, dim, at);
-            }
+            if (norm) rms_norm(at, norm, model.eps, dim, at);
             rotate(at, step.cos + token * dim, step.sin + token * dim, dim);
         }
     };
+    std::vector<float> norm_q(dim), norm_k(dim);
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64 token = 0; token < step.tokens; ++token)
-            model.embedding.read(step.ids[token] * hidden, hidden, x + token * hidden);
-        for (int64 i = 0; i < model.num_layers; ++i) {
-            const Layer& layer = model.layers[i];
-            normalize(layer.norm_attention, x, normed, step.tokens);
-            product(layer.q, space.activations, normed, step.tokens, qkv, width);
-            product(layer.k, space.activations, normed, step.tokens, qkv + q_width, width);
-            product(layer.v, space.activations, normed, step.tokens, qkv + rotated * dim, width);
-#pragma omp for schedule(static)
-            for (int64 token = 0; token < step.tokens; ++token) {
-                turn(layer.norm_q, token, 0, model.heads);
-                turn(layer.norm_k, token, model.heads, model.kv_heads);
-            }
-            const Scoring scoring{model.scale, 0, layer.window, nullptr};
-            in_type_of(layer.pages, [&](auto number) {
-                using T = decltype(number);
-#pragma omp for schedule(static)
-                for (int64 token = 0; token < step.tokens; ++token)
-                    write_pages<T>(layer.pages, qkv + q_width, qkv + rotated * dim, width, step.slots, token);
-                attend<T>(layer.pages, step.sequences, spans, scoring, model.heads, qkv, width, attended, q_width);
+    for_tokens([&](int64 token) { model.embedding.read(step.ids[token] * hidden, hidden, x + token * hidden); });
+    for (int64 i = 0; i < model.num_layers; ++i) {
+        const Layer& layer = model.layers[i];
+        normalize(layer.norm_attention, x, normed, step.tokens);
+        multiply(layer.q, normed, step.tokens, qkv, width);
+        multiply(layer.k, normed, step.tokens, qkv + q_width, width);
+        multiply(layer.v, normed, step.tokens, qkv + rotated * dim, width);
+        if (layer.norm_q) layer.norm_q.read(0, dim, norm_q.data()), layer.norm_k.read(0, dim, norm_k.data());
+        for_tokens([&](int64 token) {
+            turn(layer.norm_q ? norm_q.data() : nullptr, token, 0, model.heads);
+            turn(layer.norm_q ? norm_k.data() : nullptr, token, model.heads, model.kv_heads);
+        });
+        const Scoring scoring{model.scale, 0, layer.window, nullptr};
+        in_type_of(layer.pages, [&](auto number) {
+            using T = decltype(number);
+            for_tokens([&](int64 token) {
+                write_pages<T>(layer.pages, qkv + q_width, qkv + rotated * dim, width, step.slots, token);
             });
-            add_product(layer.o, attended);
-            normalize(layer.norm_mlp, x, normed, step.tokens);
-            product(layer.gate, space.activations, normed, step.tokens, gate, model.intermediate);
-            product(layer.up, space.activations, normed, step.tokens, up, model.intermediate);
-#pragma omp for schedule(static)
-            for (int64 token = 0; token < step.tokens; ++token)
-                silu_times(gate + token * model.intermediate, up + token * model.intermediate, model.intermediate);
-            add_product(layer.down, gate);
-        }
-        if (step.states) normalize(model.norm, x, step.states, step.tokens);
-#pragma omp for schedule(static)
-        for (int64 i = 0; i < step.num_logits; ++i)
-            std::copy_n(x + step.logit_rows[i] * hidden, hidden, normed + i * hidden);
-        normalize(model.norm, normed, normed, step.num_logits);
-        product(model.head, space.activations, normed, step.num_logits, step.logits, model.head.rows);
+            attend<T>(layer.pages, step.sequences, spans, scoring, model.heads, qkv, width, attended, q_width, threads);
+        });
+        add_product(layer.o, attended);
+        normalize(layer.norm_mlp, x, normed, step.tokens);
+        multiply(layer.gate, normed, step.tokens, gate, model.intermediate);
+        multiply(layer.up, normed, step.tokens, up, model.intermediate);
+        for_tokens([&](int64 token) {
+            silu_times(gate + token * model.intermediate, up + token * model.intermediate, model.intermediate);
+        });
+        add_product(layer.down, gate);
     }
+    if (step.states) normalize(model.norm, x, step.states, step.tokens);
+    for (int64 i = 0; i < step.num_logits; ++i) std::copy_n(x + step.logit_rows[i] * hidden, hidden, normed + i * hidden);
+    normalize(model.norm, normed, normed, step.num_logits);
+    multiply(model.head, normed, step.num_logits, step.logits, model.head.rows);
 }

@@ -11,22 +11,24 @@
 
 // ---------------------------------------------------------------------------------------------- 16 and 32 bits
 
-struct Float32 {
+struct Float {  // what floats have in common
     using Number = float;
     using Vector = f32x8;
-    static constexpr int UNIT = 16, BYTES = 64;
+    static constexpr int UNIT = 16;
+};
+
+struct Float32 : Float {
+    static constexpr int BYTES = 64;
     static constexpr int place(int i) { return i; }
     static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
-        first = load<f32x8>(from);
-        second = load<f32x8>(from + 32);
+        first = in_register(load<f32x8>(from));
+        second = in_register(load<f32x8>(from + 32));
     }
 };
 
 // 16 numbers in 8 words: shifted up they are the even columns, with the lower half cut off the odd ones.
-struct BFloat16 {
-    using Number = float;
-    using Vector = f32x8;
-    static constexpr int UNIT = 16, BYTES = 32;
+struct BFloat16 : Float {
+    static constexpr int BYTES = 32;
     static constexpr int place(int i) { return i < 8 ? 2 * i : 2 * (i - 8) + 1; }
     static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
         u32x8 words = load<u32x8>(from);
@@ -35,10 +37,8 @@ struct BFloat16 {
     }
 };
 
-struct Float16 {
-    using Number = float;
-    using Vector = f32x8;
-    static constexpr int UNIT = 16, BYTES = 32;
+struct Float16 : Float {
+    static constexpr int BYTES = 32;
     static constexpr int place(int i) { return i; }
     static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
 #if defined(__F16C__)
@@ -53,22 +53,18 @@ struct Float16 {
 // ---------------------------------------------------------------------------------------------- 8 and 4 bits
 // Codes become 16-bit integers, and so do the activations: one instruction multiplies 16 pairs and adds neighbours.
 
-struct Signed8 {
+struct Integer {
     using Number = int16_t;
     using Vector = i16x16;
-    static constexpr int UNIT = 32, BYTES = 32;
+    static constexpr int UNIT = 32;
+};
+
+struct Signed8 : Integer {
+    static constexpr int BYTES = 32;
     static constexpr int place(int i) { return i; }
     static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
         first = widen(load<i8x16>(from));
         second = widen(load<i8x16>(from + 16));
-    }
-};
-
-struct Signed16 : Signed8 {  // codes as they are multiplied
-    static constexpr int BYTES = 64;
-    static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
-        first = load<i16x16>(from);
-        second = load<i16x16>(from + 32);
     }
 };
 
@@ -79,7 +75,7 @@ struct Unsigned8 : Signed8 {
     }
 };
 
-struct Nibbles : Signed8 {  // an even column in the high half of each byte, an odd one in the low half
+struct Nibbles : Integer {  // an even column in the high half of each byte, an odd one in the low half
     static constexpr int BYTES = 16;
     static constexpr int place(int i) { return i < 16 ? 2 * i : 2 * (i - 16) + 1; }
     static void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
@@ -91,7 +87,7 @@ struct Nibbles : Signed8 {  // an even column in the high half of each byte, an 
 
 // Nibbles that number 16 values. `values` holds them as 16-bit integers, first their 16 low bytes, then their high ones:
 // `pshufb` looks up 32 bytes at once, and low and high bytes are joined by unpacking.
-struct Codebook : Signed8 {
+struct Codebook : Integer {
     static constexpr int BYTES = 16;
 #if defined(__AVX2__)
     // The lower half of the register works on low nibbles, odd columns, the upper one on high nibbles.

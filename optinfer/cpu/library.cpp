@@ -14,9 +14,7 @@ void sizes(int64* out) {
 // out [tokens, rows] = x [tokens, columns] @ w.T + bias
 void linear(const Weight* w, const float* x, int64 tokens, float* out, int threads) {
     static thread_local Activations own;
-    Activations& shared = own;
-#pragma omp parallel num_threads(threads)
-    product(*w, shared, x, tokens, out, w->rows);
+    product(*w, own, x, tokens, out, w->rows, threads);
 }
 
 // Keys and values [tokens, kv_heads, head_dim] to their slots.
@@ -32,24 +30,35 @@ void attend(const Pages* pages, const Sequences* sequences, const Scoring* scori
             int threads) {
     const std::vector<Span> spans = spans_of(*sequences, heads / pages->kv_heads);
     const int64 stride = heads * pages->head_dim;
-#pragma omp parallel num_threads(threads)
     in_type_of(*pages, [&](auto number) {
-        attend<decltype(number)>(*pages, *sequences, spans, *scoring, heads, q, stride, out, stride);
+        attend<decltype(number)>(*pages, *sequences, spans, *scoring, heads, q, stride, out, stride, threads);
     });
 }
 
 void decode(const Decoder* model, const Step* step, int threads) { decode(*model, *step, threads); }
 
+// out[row] = the column of the largest number of a row; the first of equals, and of NaNs before all.
+void argmax(const float* x, int64 rows, int64 columns, int64* out, int threads) {
+    Team::each(rows, threads, [&](int64 row) {
+        const float* from = x + row * columns;
+        float highest = from[0];
+        bool is_nan = false;
+        for (int64 i = 0; i < columns; ++i) highest = std::max(highest, from[i]), is_nan |= from[i] != from[i];
+        out[row] = std::find_if(from, from + columns, [&](float y) { return is_nan ? y != y : y == highest; }) - from;
+    });
+}
+
 // Read memory once, as a product reads its weight.
 float read_all(const float* from, int64 count, int threads) {
-    float total = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
-    for (int64 block = 0; block < count / 1024; ++block) {
+    std::vector<float> totals(count / 65536);
+    Team::each(totals.size(), threads, [&](int64 piece) {
         f32x8 acc[4] = {};
-        for (int64 i = block * 1024; i < (block + 1) * 1024; i += 32)
+        for (int64 i = piece * 65536; i < (piece + 1) * 65536; i += 32)
             UNROLL for (int j = 0; j < 4; ++j) acc[j] += load<f32x8>(from + i + 8 * j);
-        total += sum(acc[0] + acc[1] + acc[2] + acc[3]);
-    }
+        totals[piece] = sum(acc[0] + acc[1] + acc[2] + acc[3]);
+    });
+    float total = 0;
+    for (float part : totals) total += part;
     return total;
 }
 }

@@ -11,6 +11,7 @@
 
 #include "formats.hpp"
 #include "numbers.hpp"
+#include "team.hpp"
 
 // A weight [rows, columns] where it lies. Codes are multiplied by a scale per `group` columns, after `zero` was taken off.
 struct Weight {
@@ -37,14 +38,14 @@ struct Cut {
     int64 units, step, steps, steps_per_group, steps_per_stretch, stretches;  // `step`: in units
 
     explicit Cut(const Weight& w) {
-        const int64 unit = w.quantized() ? 32 : 16, most = (w.kind == CODEBOOK ? 64 : 256) / unit;
+        const int64 unit = w.quantized() ? 32 : 16, most = (w.kind == CODEBOOK ? 64 : 1024) / unit;
         units = (w.columns + unit - 1) / unit;
         const int64 group = w.group >= w.columns ? (units + most - 1) / most * most : w.group / unit;
         step = std::min(group, most);
         while (group % step) --step;
         steps = (units + step - 1) / step;
         steps_per_group = group / step;
-        steps_per_stretch = std::max<int64>(1, 256 / unit / step);
+        steps_per_stretch = std::max<int64>(1, 1024 / unit / step);
         stretches = (steps + steps_per_stretch - 1) / steps_per_stretch;
     }
 };
@@ -59,11 +60,11 @@ struct Activations {
     std::vector<float> scales, sums;  // [tokens, stretches]; [tokens, steps_padded], the sum over a step of what is meant
     int64 stretches, steps_padded;
 
-    void reserve(const Weight& w, const Cut& cut, int64 tokens) {
+    void reserve(const Weight& w, const Cut& cut, int64 tokens, bool integers) {
         padded = cut.units * (w.quantized() ? 32 : 16);
-        memory.resize(std::max<size_t>(memory.size(), tokens * padded / (w.quantized() ? 2 : 1) + 16));
+        memory.resize(std::max<size_t>(memory.size(), tokens * padded / (integers ? 2 : 1) + 16));
         numbers = (void*)(((size_t)memory.data() + 63) / 64 * 64);  // no vector straddles two lines of the cache
-        if (!w.quantized()) return;
+        if (!integers) return;
         stretches = cut.stretches;
         steps_padded = (cut.steps + 7) / 8 * 8;
         scales.resize(std::max<size_t>(scales.size(), tokens * stretches));
@@ -120,14 +121,14 @@ class Rows {
     int64 row_bytes, count;
     int64 whole;               // units that lie there in full
     bool has_tail;             // what is left of a row stands, filled up with zeros, in `tails`
-    uint8_t tails[ROWS][64] = {};
+    uint8_t (&tails)[ROWS][64];
     const float *scales, *zeros;  // [count, steps]: scale; scale * zero point
     const Cut& cut;
 
-    Rows(const Weight& weight, const Cut& how) : w(weight), cut(how) {}
+    Rows(const Weight& weight, const Cut& how) : w(weight), tails(kept().tails), cut(how), memory(kept()) {}
 
     template <class F>
-    void take(int64 first, bool unpack) {
+    void take(int64 first) {
         from = w.data + first * w.row_bytes;
         row_bytes = w.row_bytes;
         count = std::min<int64>(ROWS, w.rows - first);
@@ -135,14 +136,44 @@ class Rows {
         has_tail = w.columns % F::UNIT;
         if (has_tail)
             for (int64 r = 0; r < count; ++r)
-                std::memcpy(tails[r], from + r * row_bytes + whole * F::BYTES, row_bytes_used() - whole * F::BYTES);
+                std::memset(tails[r], 0, 64), std::memcpy(tails[r], from + r * row_bytes + whole * F::BYTES, row_bytes_used() - whole * F::BYTES);
         if (w.quantized()) read_scales(first);
-        if (unpack) unpack_all<F>();
+    }
+
+    // Codes become the floats that they stand for, in this thread's memory: for many tokens it is worth doing once.
+    template <class F>
+    void restore() {
+        const int64 units = cut.units, width = units * F::UNIT;
+        std::vector<float>& restored = memory.restored;
+        restored.resize(std::max<size_t>(restored.size(), ROWS * width + 16));
+        float* to = (float*)(((size_t)restored.data() + 63) / 64 * 64);
+        const bool has_zeros = w.zeros || w.zero != 0;
+        for (int64 row = 0; row < count; ++row)
+            for (int64 u = 0; u < units; ++u) {
+                const int64 step = row * cut.steps + u / cut.step;
+                const f32x8 scale = all(scales[step] * w.value_unit), zero = all(has_zeros ? zeros[step] : 0);
+                i16x16 numbers[2];
+                F::unpack(u < whole ? from + row * row_bytes + u * F::BYTES : tails[row], w.values, numbers[0], numbers[1]);
+                UNROLL for (int half = 0; half < 2; ++half) {
+                    f32x8 lower, upper;
+                    as_floats(numbers[half], lower, upper);
+                    store(to + row * width + u * F::UNIT + 16 * half, lower * scale - zero);
+                    store(to + row * width + u * F::UNIT + 16 * half + 8, upper * scale - zero);
+                }
+            }
+        from = (const uint8_t*)to, row_bytes = 4 * width, whole = width / Float32::UNIT, has_tail = false;
     }
 
   private:
-    std::vector<float> group_memory, scale_memory, point_memory, spread_memory, zero_memory;
-    std::vector<uint8_t> unpacked;
+    struct Memory {  // of this thread, kept from product to product
+        uint8_t tails[ROWS][64];
+        std::vector<float> groups, scales, points, spread, zeros, restored;
+    };
+    static Memory& kept() {
+        static thread_local Memory own;
+        return own;
+    }
+    Memory& memory;
 
     int64 row_bytes_used() const {
         if (w.kind == FLOAT32) return w.columns * 4;
@@ -152,30 +183,30 @@ class Rows {
 
     void read_scales(int64 first) {
         const int64 from = first * w.groups, each = std::max<int64>(w.groups, 1);  // no groups: one scale for all rows
-        if (w.scale_codes || w.scales.kind != FLOAT32 || each != cut.steps) {
-            group_memory.resize(ROWS * each);
+        if (w.scale_codes || w.scales.kind != FLOAT32 || w.groups != cut.steps) {
+            memory.groups.resize(ROWS * each);
             if (w.scale_codes) read_nested(from, count * each);
-            else w.scales.read(from, w.groups ? count * each : 1, group_memory.data());
-            scales = spread(group_memory.data(), scale_memory);
+            else w.scales.read(from, w.groups ? count * each : 1, memory.groups.data());
+            scales = spread(memory.groups.data(), memory.scales);
         } else {
             scales = (const float*)w.scales.data + from;  // as they are
         }
         if (w.zero == 0 && !w.zeros) return;
-        zero_memory.resize(ROWS * cut.steps + 8);
+        memory.zeros.resize(ROWS * cut.steps + 8);
         if (w.zeros) {
-            point_memory.resize(ROWS * each);
+            memory.points.resize(ROWS * each);
             for (int64 row = 0; row < count; ++row)
-                for (int64 group = 0; group < each; ++group) point_memory[row * each + group] = zero_point(first + row, group);
-            const float* points = spread(point_memory.data(), spread_memory);
-            for (int64 i = 0; i < count * cut.steps; ++i) zero_memory[i] = points[i] * scales[i];
+                for (int64 group = 0; group < each; ++group) memory.points[row * each + group] = zero_point(first + row, group);
+            const float* points = spread(memory.points.data(), memory.spread);
+            for (int64 i = 0; i < count * cut.steps; ++i) memory.zeros[i] = points[i] * scales[i];
         } else {
-            for (int64 i = 0; i < count * cut.steps; ++i) zero_memory[i] = w.zero * scales[i];
+            for (int64 i = 0; i < count * cut.steps; ++i) memory.zeros[i] = w.zero * scales[i];
         }
-        zeros = zero_memory.data();
+        zeros = memory.zeros.data();
     }
 
     void read_nested(int64 from, int64 number) {
-        float* __restrict out = group_memory.data();
+        float* __restrict out = memory.groups.data();
         const float offset = *w.offset;
         for (int64 i = 0; i < number; ++i) out[i] = w.dynamic[w.scale_codes[from + i]] * w.nested[(from + i) / 256] + offset;
     }
@@ -198,67 +229,55 @@ class Rows {
         return memory.data();
     }
 
-    template <class F>
-    void unpack_all() {
-        const int64 units = whole + has_tail, bytes = units * 2 * sizeof(typename F::Vector);
-        unpacked.resize(std::max<size_t>(unpacked.size(), ROWS * bytes + 64));
-        uint8_t* to = (uint8_t*)(((size_t)unpacked.data() + 63) / 64 * 64);
-        for (int64 r = 0; r < count; ++r)
-            for (int64 u = 0; u < units; ++u) {
-                typename F::Vector numbers[2];
-                F::unpack(u < whole ? from + r * row_bytes + u * F::BYTES : tails[r], w.values, numbers[0], numbers[1]);
-                std::memcpy(to + r * bytes + u * sizeof numbers, numbers, sizeof numbers);
-            }
-        from = to, row_bytes = bytes, whole = units, has_tail = false;
-    }
 };
 
 // ---------------------------------------------------------------------------------------------- tiles
 
+static INLINE f32x8 multiply_add(f32x8 acc, f32x8 a, f32x8 b) { return acc + a * b; }
+static INLINE i32x8 multiply_add(i32x8 acc, i16x16 a, i16x16 b) { return dot_pairs(acc, a, b); }
+
 // acc[m * R + r] += W[r] * x[m] over one unit of columns.
-template <class F, int R, int M, class Accumulator>
-static inline __attribute__((always_inline)) void multiply_unit(Accumulator (&acc)[M * R], const uint8_t* from,
-                                                                int64 row_bytes, const typename F::Number* x,
-                                                                int64 padded, const uint8_t* values) {
+template <class F, int R, int M, class Sum>
+static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 row_bytes, const typename F::Number* x,
+                                 int64 padded, const uint8_t* values) {
     using V = typename F::Vector;
+    V w[R][2];
     UNROLL for (int r = 0; r < R; ++r) {
-        V first, second;
-        F::unpack(from + r * row_bytes, values, first, second);
-        UNROLL for (int m = 0; m < M; ++m) {
-            const auto* numbers = x + m * padded;
-            Accumulator& a = acc[m * R + r];
-            if constexpr (std::is_same_v<V, f32x8>) {
-                a += first * load<V>(numbers);
-                a += second * load<V>(numbers + F::UNIT / 2);
-            } else {
-                a = dot_pairs(a, first, load<V>(numbers));
-                a = dot_pairs(a, second, load<V>(numbers + F::UNIT / 2));
-            }
-        }
+        if (M > 1 || F::BYTES >= 32) __builtin_prefetch(from + (R + r) * row_bytes);  // the rows that come next
+        F::unpack(from + r * row_bytes, values, w[r][0], w[r][1]);
     }
+    UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int half = 0; half < 2; ++half) {
+            const V numbers = in_register(load<V>(x + m * padded + half * (F::UNIT / 2)));  // once for all rows
+            UNROLL for (int r = 0; r < R; ++r) acc[m * R + r] = multiply_add(acc[m * R + r], w[r][half], numbers);
+        }
 }
 
-// total[m * R + r]: R rows times M tokens, of floats.
+// total[m * R + r]: R rows times M tokens, of floats, over the units `first` to `last`.
 template <class F, int R, int M>
-static inline void multiply_floats(f32x8 (&total)[M * R], const Rows& rows, int64 row, const float* x, int64 padded) {
-    constexpr int CHAINS = R * M < 4 ? 4 : 1;  // sums that do not wait for one another
+static INLINE void sum_floats(f32x8 (&total)[M * R], const Rows& rows, int64 row, const float* x, int64 padded, int64 first,
+                                   int64 last) {
     const uint8_t* from = rows.from + row * rows.row_bytes;
-    f32x8 chains[CHAINS][M * R] = {};
-    int64 u = 0;
-    for (; u + CHAINS <= rows.whole; u += CHAINS)
-        UNROLL for (int c = 0; c < CHAINS; ++c)
-            multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr);
-    for (; u < rows.whole; ++u)
+    const int64 end = std::min(last, rows.whole);
+    int64 u = first;
+    if constexpr (R * M < 4) {  // too few sums to keep the processor busy: four of each, which do not wait for one another
+        f32x8 chains[4][M * R] = {};
+        for (; u + 4 <= end; u += 4)
+            UNROLL for (int c = 0; c < 4; ++c)
+                multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr);
+        UNROLL for (int i = 0; i < M * R; ++i) total[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+    }
+    for (; u < end; ++u)
         multiply_unit<F, R, M>(total, from + u * F::BYTES, rows.row_bytes, x + u * F::UNIT, padded, nullptr);
-    if (rows.has_tail) multiply_unit<F, R, M>(total, rows.tails[row], 64, x + u * F::UNIT, padded, nullptr);
-    UNROLL for (int c = 0; c < CHAINS; ++c) UNROLL for (int i = 0; i < M * R; ++i) total[i] += chains[c][i];
+    if (u < last) multiply_unit<F, R, M>(total, rows.tails[row], 64, x + u * F::UNIT, padded, nullptr);
 }
 
 // The same of integers: summed exactly over a step, scaled by the weight's scale, and by the activations' per stretch.
-template <class F, int R, int M>
-static inline void multiply_integers(f32x8 (&total)[M * R], const Rows& rows, int64 row, const Activations& x, int64 token) {
+// STEP: the units of a step where the compiler may know them, else 0.
+template <class F, int R, int M, int STEP>
+static INLINE void sum_integers(f32x8 (&total)[M * R], const Rows& rows, int64 row, const Activations& x, int64 token) {
     const Weight& w = rows.w;
-    const int64 step = rows.cut.step, steps = rows.cut.steps, steps_per_stretch = rows.cut.steps_per_stretch;
+    const int64 step = STEP ? STEP : rows.cut.step, steps = rows.cut.steps, steps_per_stretch = rows.cut.steps_per_stretch;
     const uint8_t* from = rows.from + row * rows.row_bytes;
     const int16_t* numbers = (const int16_t*)x.numbers + token * x.padded;
     const float *scales = rows.scales + row * steps, *zeros = rows.zeros + row * steps;
@@ -268,7 +287,12 @@ static inline void multiply_integers(f32x8 (&total)[M * R], const Rows& rows, in
             i32x8 acc[M * R] = {};
             int64 u = s * step;
             const int64 end = std::min(u + step, rows.whole);
-#pragma GCC unroll 2
+            if (STEP && end == u + STEP) {
+                UNROLL for (int i = 0; i < STEP; ++i)
+                    multiply_unit<F, R, M>(acc, from + (u + i) * F::BYTES, rows.row_bytes, numbers + (u + i) * F::UNIT, x.padded,
+                                           w.values);
+                u = end;
+            }
             for (; u < end; ++u)
                 multiply_unit<F, R, M>(acc, from + u * F::BYTES, rows.row_bytes, numbers + u * F::UNIT, x.padded, w.values);
             if (rows.has_tail && s == steps - 1)
@@ -293,80 +317,96 @@ static inline void multiply_integers(f32x8 (&total)[M * R], const Rows& rows, in
             }
 }
 
-template <class F, int R, int M>
-static inline void tile(const Rows& rows, int64 row, const Activations& x, int64 token, float* out, int64 stride) {
-    f32x8 total[M * R] = {};
-    if constexpr (std::is_same_v<typename F::Number, float>)
-        multiply_floats<F, R, M>(total, rows, row, (const float*)x.numbers + token * x.padded, x.padded);
-    else
-        multiply_integers<F, R, M>(total, rows, row, x, token);
+template <int R, int M>
+static INLINE void finish(const f32x8 (&total)[M * R], int64 count, float* out, int64 stride, bool add) {
     float ready[M * R];
     sums<M * R>(total, ready);
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int r = 0; r < R; ++r)
-            if (row + r < rows.count) out[m * stride + r] = ready[m * R + r];
+            if (r < count) out[m * stride + r] = ready[m * R + r] + (add ? out[m * stride + r] : 0);
 }
 
-template <class F, int R, int M>
-static void rows_by_tokens(const Rows& rows, const Activations& x, int64 token, float* out, int64 stride) {
-    for (int64 row = 0; row < rows.count; row += R)
-        tile<F, R, M>(rows, row, x, token, out + token * stride + row, stride);
+// All rows for M tokens. A function of its own: inlined, its sums would not all get registers.
+template <class F, int R, int M, int STEP = 0>
+static __attribute__((noinline)) void rows_by_tokens(const Rows& rows, const Activations& x, int64 token, float* out, int64 stride, int64 first = 0,
+                           int64 last = 0) {
+    for (int64 row = 0; row < rows.count; row += R) {
+        f32x8 total[M * R] = {};
+        if constexpr (std::is_same_v<typename F::Number, float>)
+            sum_floats<F, R, M>(total, rows, row, (const float*)x.numbers + token * x.padded, x.padded, first, last);
+        else
+            sum_integers<F, R, M, STEP>(total, rows, row, x, token);
+        finish<R, M>(total, rows.count - row, out + token * stride + row, stride, first > 0);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- products
 
-// Rows are unpacked once for all tokens where there are several; `Ready` is the format they are in then.
-template <class F, class Ready>
-static void rows_by_all(Rows& rows, int64 first, const Activations& x, int64 tokens, float* out, int64 stride) {
-    constexpr bool FLOATS = std::is_same_v<typename F::Number, float>;
-    constexpr int MANY = FLOATS ? 6 : 4;  // as many as the registers hold
-    rows.take<F>(first, tokens > 1);
-    // One token: long rows wait for memory and want to be a single stream, short ones for arithmetic and share the token.
-    if (tokens == 1) return rows_by_tokens<F, F::BYTES < F::UNIT ? 2 : 1, 1>(rows, x, 0, out, stride);
+template <class F>
+static void rows_by_all(const Rows& rows, const Activations& x, int64 tokens, float* out, int64 stride, int64 first = 0,
+                        int64 last = 0) {
     int64 token = 0;
-    for (; token + MANY <= tokens; token += MANY) rows_by_tokens<Ready, 2, MANY>(rows, x, token, out, stride);
+    for (; token + 4 <= tokens; token += 4) rows_by_tokens<F, 2, 4>(rows, x, token, out, stride, first, last);
     switch (tokens - token) {
-        case 5: return rows_by_tokens<Ready, 2, 5>(rows, x, token, out, stride);
-        case 4: return rows_by_tokens<Ready, 2, 4>(rows, x, token, out, stride);
-        case 3: return rows_by_tokens<Ready, 2, 3>(rows, x, token, out, stride);
-        case 2: return rows_by_tokens<Ready, 2, 2>(rows, x, token, out, stride);
-        case 1: return rows_by_tokens<Ready, 2, 1>(rows, x, token, out, stride);
+        case 3: return rows_by_tokens<F, 2, 3>(rows, x, token, out, stride, first, last);
+        case 2: return rows_by_tokens<F, 2, 2>(rows, x, token, out, stride, first, last);
+        case 1: return rows_by_tokens<F, 2, 1>(rows, x, token, out, stride, first, last);
     }
+}
+
+// With several tokens long rows are cut into parts, so that the activations of a tile stay in the first cache.
+template <class F>
+static void multiply_floats(const Rows& rows, const Activations& x, int64 tokens, float* out, int64 stride) {
+    const int64 units = x.padded / F::UNIT, parts = (units + 35) / 36;
+    if (tokens == 1) return rows_by_tokens<F, 1, 1>(rows, x, 0, out, stride, 0, units);  // a single stream of memory
+    for (int64 part = 0; part < parts; ++part)
+        rows_by_all<F>(rows, x, tokens, out, stride, units * part / parts, units * (part + 1) / parts);
 }
 
 template <class F>
-static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride) {
-    using Ready = std::conditional_t<std::is_same_v<typename F::Number, float>, Float32, Signed16>;
+static void multiply_integers(const Rows& rows, const Activations& x, int64 tokens, float* out, int64 stride) {
+    if (tokens == 1 && F::BYTES >= F::UNIT) return rows_by_tokens<F, 1, 1>(rows, x, 0, out, stride);
+    if (tokens == 1 && rows.cut.step == 2) return rows_by_tokens<F, 2, 1, 2>(rows, x, 0, out, stride);  // groups of 64
+    rows_by_all<F>(rows, x, tokens, out, stride);
+}
+
+const int64 FEW = 16;  // tokens for which codes are multiplied as integers
+
+template <class F>
+static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
+    constexpr bool CODES = std::is_same_v<typename F::Number, int16_t>;
+    const bool integers = CODES && tokens <= FEW;
     const Cut cut(w);
-#pragma omp single
-    shared.reserve(w, cut, tokens);
-#pragma omp for schedule(static)
-    for (int64 token = 0; token < tokens; ++token) {
-        if constexpr (std::is_same_v<Ready, Float32>)
-            shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
-        else
-            shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
-    }
-    Rows rows(w, cut);
-#pragma omp for schedule(static)
-    for (int64 first = 0; first < w.rows; first += ROWS) {
-        rows_by_all<F, Ready>(rows, first, shared, tokens, out + first, stride);
-        if (w.bias)
-            for (int64 token = 0; token < tokens; ++token)
-                for (int64 r = first; r < std::min(first + ROWS, w.rows); ++r) out[token * stride + r] += w.bias[r];
-    }
+    shared.reserve(w, cut, tokens, integers);
+    Team::each(tokens, tokens > FEW ? threads : 1, [&](int64 token) {
+        if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
+        else shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
+    });
+    const int64 blocks = (w.rows + ROWS - 1) / ROWS, pieces = threads < 2 ? 1 : std::min<int64>(blocks, 4 * threads);
+    Team::each(pieces, threads, [&](int64 piece) {
+        Rows rows(w, cut);
+        for (int64 block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
+            const int64 first = block * ROWS;
+            rows.take<F>(first);
+            if constexpr (!CODES) multiply_floats<F>(rows, shared, tokens, out + first, stride);
+            else if (integers) multiply_integers<F>(rows, shared, tokens, out + first, stride);
+            else rows.restore<F>(), multiply_floats<Float32>(rows, shared, tokens, out + first, stride);
+            if (w.bias)
+                for (int64 token = 0; token < tokens; ++token)
+                    for (int64 r = first; r < first + rows.count; ++r) out[token * stride + r] += w.bias[r];
+        }
+    });
 }
 
 // out[token * stride + row] = sum over columns of x[token, column] * W[row, column], plus the bias.
-// For all threads of a parallel region; complete when it returns.
-static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride) {
+static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
     switch (w.kind) {
-        case FLOAT32: return product<Float32>(w, shared, x, tokens, out, stride);
-        case BFLOAT16: return product<BFloat16>(w, shared, x, tokens, out, stride);
-        case FLOAT16: return product<Float16>(w, shared, x, tokens, out, stride);
-        case SIGNED8: return product<Signed8>(w, shared, x, tokens, out, stride);
-        case UNSIGNED8: return product<Unsigned8>(w, shared, x, tokens, out, stride);
-        case NIBBLES: return product<Nibbles>(w, shared, x, tokens, out, stride);
-        case CODEBOOK: return product<Codebook>(w, shared, x, tokens, out, stride);
+        case FLOAT32: return product<Float32>(w, shared, x, tokens, out, stride, threads);
+        case BFLOAT16: return product<BFloat16>(w, shared, x, tokens, out, stride, threads);
+        case FLOAT16: return product<Float16>(w, shared, x, tokens, out, stride, threads);
+        case SIGNED8: return product<Signed8>(w, shared, x, tokens, out, stride, threads);
+        case UNSIGNED8: return product<Unsigned8>(w, shared, x, tokens, out, stride, threads);
+        case NIBBLES: return product<Nibbles>(w, shared, x, tokens, out, stride, threads);
+        case CODEBOOK: return product<Codebook>(w, shared, x, tokens, out, stride, threads);
     }
 }

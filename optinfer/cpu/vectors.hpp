@@ -25,6 +25,7 @@ typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
+#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 template <class V>
@@ -32,6 +33,20 @@ static inline V load(const void* from) {
     V v;
     std::memcpy(&v, from, sizeof v);
     return v;
+}
+
+// The same vector, in a register: otherwise compilers load it anew for every instruction that takes it.
+template <class V>
+static INLINE V in_register(V v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
+template <class V>
+static inline void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
 }
 
 static inline f32x8 all(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
@@ -65,11 +80,20 @@ static inline i32x8 dot_pairs(i32x8 acc, i16x16 a, i16x16 b) {
 #endif
 }
 
+static inline void as_floats(i16x16 v, f32x8& first, f32x8& second) {
+#if defined(__AVX2__)
+    first = (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128((__m256i)v)));
+    second = (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256((__m256i)v, 1)));
+#else
+    for (int i = 0; i < 8; ++i) first[i] = v[i], second[i] = v[8 + i];
+#endif
+}
+
 static inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // out[i] = the sum of v[i]. Four at a time they share the additions.
 template <int N>
-static inline void sums(const f32x8* v, float* out) {
+static INLINE void sums(const f32x8* v, float* out) {
 #if defined(__AVX2__)
     UNROLL for (int i = 0; i < N; i += 4) {
         const f32x8 zero{};

@@ -159,5 +159,12 @@ def _is_ordinary(kind: type) -> bool:
 def _struct(kind: int, shape: tuple[int, int] | torch.Size, row_bytes: int, data: Tensor) -> structs.Weight:
     rows, columns = shape
     return structs.Weight(
-        kind=kind, rows=rows, columns=columns, row_bytes=row_bytes, data=data.data_ptr(), group=columns, groups=1, value_unit=1
+        kind=kind,
+        rows=rows,
+        columns=columns,
+        row_bytes=row_bytes,
+        data=data.data_ptr(),
+        group=columns,
+        groups=1,
+        value_unit=1,
     )

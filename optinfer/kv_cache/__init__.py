@@ -33,7 +33,8 @@ _PUBLIC = {
     ),
     **dict.fromkeys(["kv_bytes_per_token", "num_blocks_for", "num_sequences_that_fit"], "memory"),
     **dict.fromkeys(["PagedCache"], "paged_cache"),
-    **dict.fromkeys(["paged_attention", "paged_attention_reference"], "paged_attention"),
+    **dict.fromkeys(["paged_attention", "paged_attention_reference"], "attention"),
+    **dict.fromkeys(["KVPool"], "pool"),
 }
 
 __all__ = list(_PUBLIC)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.cpu import CpuLayout, aligned, layout_for
+from optinfer.cpu import CpuWeight, remembered
+from optinfer.cpu import linear as cpu_linear
+from optinfer.quantization.cpu import as_cpu_weight, cpu_pays
 from optinfer.quantization.gpu import as_kernel_weight, kernel_matmul, kernel_pays
 from optinfer.quantization.matmul import quantized_matmul
 from optinfer.quantization.schemes import Scheme
@@ -25,9 +26,8 @@ class QuantizedLinear(nn.Module):
     ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any
     other.
 
-    A few tokens on a GPU go through a fused kernel (`gpu.py`). On a CPU, the first bfloat16 product may re-order
-    the codes for a fused operator (`cpu.py`), in the same bytes; everything that looks from outside, `state_dict`
-    included, sees the canonical order.
+    A few tokens on a GPU go through a fused Triton kernel (`gpu.py`), 16-bit tokens on a CPU through the C++ kernels
+    (`cpu.py`). Both read the stored tensors in place.
     """
 
     weight: nn.Parameter
@@ -46,8 +46,6 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         self.dtype = dtype
-        self._layout: CpuLayout | None = None
-        self._layout_tried = False
         self._kernel_weight: QuantizedWeight | None = None
         self._kernel_tried = False
         for name, (shape, stored_dtype) in scheme.stored((out_features, in_features), dtype).items():
@@ -80,13 +78,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor, in canonical order (sharing memory where the order is canonical)."""
+        """The weight as a QuantizedTensor, sharing memory."""
         tensors = {}
         for name, parameter in self._parameters.items():
             if parameter is not None and name.startswith("weight"):
                 tensors[tensor_name(name)] = parameter.data
-        if self._layout is not None:
-            tensors["packed"] = self._layout.undo(tensors["packed"])
         return self.scheme.assemble(tensors, (self.out_features, self.in_features), self.dtype)
 
     def dequantize(self) -> nn.Linear:
@@ -100,12 +96,18 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if (kernel_weight := self._gpu_weight(x)) is not None:
             return kernel_matmul(x, kernel_weight, self.bias)
-        layout = self._cpu_layout(x)
-        if layout is None or (layout.in_order and x.numel() > layout.MANY_TOKENS * self.in_features):
-            return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
-        out = layout.matmul(aligned(x.reshape(-1, self.in_features)), self.weight.data)
-        out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        if cpu_pays(x) and (weight := self.cpu_weight()) is not None:
+            return cpu_linear(x, weight)
+        return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
+
+    def cpu_weight(self) -> CpuWeight | None:
+        """The layer as the C++ kernels read it, made anew when a tensor has moved. None: they cannot, or the layer is of a
+        model in float32, which wants more than activations of 16 bits.
+        """
+        if self.dtype == torch.float32:
+            return None
+        tensors = [parameter for parameter in self._parameters.values() if parameter is not None]
+        return remembered(self, *tensors, make=lambda *_: as_cpu_weight(self.quantized, self.bias))
 
     def _gpu_weight(self, x: Tensor) -> QuantizedWeight | None:
         """The fused kernel's view of the weight, if `x` is for it; made on first use."""
@@ -116,38 +118,13 @@ class QuantizedLinear(nn.Module):
             self._kernel_weight = as_kernel_weight(self.quantized)
         return self._kernel_weight
 
-    def _cpu_layout(self, x: Tensor) -> CpuLayout | None:
-        """The fused operator's layout, if `x` is for it; made on first use."""
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
-            return None
-        if self._layout is None and not self._layout_tried:
-            self._layout_tried = True
-            if found := layout_for(self.quantized):
-                self._layout, self.weight.data = found
-        return self._layout
-
-    def canonical_(self) -> QuantizedLinear:
-        """Put the codes back in canonical order, in place; does nothing where they are."""
-        if self._layout is not None:
-            self.weight.data = self._layout.undo(self.weight.data)
-        self._layout, self._layout_tried = None, False
-        self._kernel_weight, self._kernel_tried = None, False
-        return self
-
     # ---- leaving and coming back
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self.canonical_()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.canonical_()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move to another device; scales keep their dtype, whatever `model.half()` and the like ask for."""
-        self.canonical_()
         before = {n: p.data for n, p in self._parameters.items() if p is not None and n.startswith("weight")}
         super()._apply(fn, recurse)
+        self._kernel_weight, self._kernel_tried = None, False
+        self.__dict__.pop("_remembered", None)  # it would keep the old tensors
         for name, old in before.items():
             new = self._parameters[name]
             if new.dtype != old.dtype:

@@ -1,7 +1,6 @@
 """Lesson 6: a small serving engine where quantization, attention, the KV cache and speculation meet."""
 
 from optinfer.serving.engine import Engine, EngineStats, StepRecord, UnknownRequest
-from optinfer.serving.fuse import fuse_projections
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.request import Completion, Delta, Request, RequestMetrics, SamplingParams, Sequence
 from optinfer.serving.scheduler import Schedule, ScheduledChunk, Scheduler
@@ -21,5 +20,4 @@ __all__ = [
     "Sequence",
     "StepRecord",
     "UnknownRequest",
-    "fuse_projections",
 ]

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: the thousand launches of a small model's step become one.
 
 A graph repeats the same kernels on the same addresses, so its shapes are fixed. Steps in which every sequence computes
-one token are padded to a bucket: to a batch size, and to a number of blocks per sequence. Padding sequences write to a
-scratch block that no request owns, and their logits are dropped. Each bucket is captured when it is first met.
+one token are padded to a batch size; block tables always have room for the longest context. Padding sequences write to
+a scratch block that no request owns, and their logits are dropped. Each size is captured when it is first met.
 
 Not measured: no figure of this course comes from this path yet.
 """
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.serving.paged_batch import Chunk, KVPool, PagedBatch
+from optinfer.kv_cache.pool import KVPool
+from optinfer.serving.paged_batch import Chunk, PagedBatch
 
 
 class CudaGraph:
@@ -41,7 +42,9 @@ class GraphedDecode:
     Args:
         pool: with one block more than the block manager knows; the last one is the scratch block.
         forward: a packed batch's logits.
+        max_length: longest context in tokens.
         max_size: largest batch; larger ones are not captured.
+        backend: of `paged_attention`.
         capture: makes a graph of a computation; it has a method `replay`.
     """
 
@@ -49,13 +52,16 @@ class GraphedDecode:
         self,
         pool: KVPool,
         forward: Callable[[PagedBatch], Tensor],
+        max_length: int,
         max_size: int = 64,
+        backend: str = "auto",
         capture: Callable[[Callable[[], Tensor]], Any] = CudaGraph,
     ):
-        self.pool, self.forward, self.capture = pool, forward, capture
+        self.pool, self.forward, self.backend, self.capture = pool, forward, backend, capture
         self.sizes = batch_sizes(max_size)
+        self.table_width = min(-(-max_length // pool.block_size), pool.num_blocks)
         self.padding = Chunk([0], 0, [pool.num_blocks - 1])
-        self._graphs: dict[tuple[int, int], tuple[PagedBatch, Any]] = {}
+        self._graphs: dict[int, tuple[PagedBatch, Any]] = {}
 
     def takes(self, chunks: list[Chunk], num_logits: list[int]) -> bool:
         """Whether the step is one token of each of not too many sequences."""
@@ -64,24 +70,15 @@ class GraphedDecode:
 
     def run(self, chunks: list[Chunk]) -> Tensor:
         """The logits [chunks, vocabulary]; valid until the next run."""
-        size, num_blocks = bucket = self.bucket(chunks)
-        padded = chunks + [self.padding] * (size - len(chunks))
-        batch = PagedBatch(padded, [1] * size, self.pool, num_blocks)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = batch, self.capture(lambda: self._compute(batch))
-        static, graph = self._graphs[bucket]
-        static.load(batch)
-        return graph.replay()[: len(chunks)]
-
-    def bucket(self, chunks: list[Chunk]) -> tuple[int, int]:
-        """Batch size and blocks per sequence that the step is padded to."""
         size = self.sizes[bisect_left(self.sizes, len(chunks))]
-        longest = max(chunk.start // self.pool.block_size + 1 for chunk in chunks)
-        return size, 1 << (longest - 1).bit_length()
-
-    def _compute(self, batch: PagedBatch) -> Tensor:
-        batch.forget_masks()  # they follow from the positions, so they are part of the graph
-        return self.forward(batch)
+        padded = chunks + [self.padding] * (size - len(chunks))
+        batch = PagedBatch(padded, [1] * size, self.pool, self.backend, self.table_width)
+        if size not in self._graphs:
+            self._graphs[size] = batch, self.capture(lambda: self.forward(batch))
+        static, graph = self._graphs[size]
+        if static is not batch:
+            static.take_over(batch)
+        return graph.replay()[: len(chunks)]
 
 
 def batch_sizes(most: int) -> list[int]:

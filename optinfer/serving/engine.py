@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optinfer.kv_cache import BlockManager, IntegrityError
+from optinfer.kv_cache import BlockManager, IntegrityError, num_blocks_for
 from optinfer.serving.detokenizer import Detokenizer
 from optinfer.serving.model_runner import ModelRunner
-from optinfer.serving.paged_batch import Chunk, KVPool
+from optinfer.serving.paged_batch import Chunk
 from optinfer.serving.request import (
     Completion,
     Delta,
@@ -99,7 +100,7 @@ class Engine:
         max_batched_tokens, max_num_seqs, policy, chunked_prefill: see `Scheduler`.
         prefix_caching: requests that begin alike share pages.
         max_model_len: longest prompt plus output; default: what the model's config allows.
-        fuse, cuda_graphs, compile: see `ModelRunner`.
+        fuse, head, attention_backend, kv_dtype, cuda_graphs, compile: see `ModelRunner`.
         clock: seconds, for metrics and the log.
 
     Raises ValueError for a model or parameters it cannot work with.
@@ -122,6 +123,9 @@ class Engine:
         prefix_caching: bool = True,
         max_model_len: int | None = None,
         fuse: bool = True,
+        head: str | None = None,
+        attention_backend: str = "auto",
+        kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
         log: bool = True,
@@ -134,10 +138,13 @@ class Engine:
         if num_draft_tokens < 1:
             raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
         if num_blocks is None:
-            num_blocks = _blocks_in(_DEFAULT_KV_BYTES, model, block_size)
+            num_blocks = max(1, num_blocks_for(_DEFAULT_KV_BYTES, config, kv_dtype or model.dtype, block_size))
         self._new_manager = functools.partial(BlockManager, num_blocks, block_size, prefix_caching, record_events=False)
         self.scheduler = Scheduler(self._new_manager(), max_batched_tokens, max_num_seqs, policy, chunked_prefill)
-        self.runner = ModelRunner(model, num_blocks, block_size, fuse, cuda_graphs, compile, max_num_seqs)
+        self.runner = ModelRunner(
+            model, num_blocks, block_size, fuse, head, attention_backend, kv_dtype, cuda_graphs, compile, max_num_seqs,
+            min(self.max_model_len, num_blocks * block_size),
+        )  # fmt: skip
         self.speculator = None
         if draft is not None:
             drafts = make_drafts(draft, model, num_blocks, block_size)
@@ -546,12 +553,6 @@ def _as_list(prompts: Any) -> list[Any]:
     prompts = list(prompts)
     is_one_prompt = bool(prompts) and all(hasattr(p, "__index__") for p in prompts)
     return [prompts] if is_one_prompt else prompts
-
-
-def _blocks_in(num_bytes: int, model: Any, block_size: int) -> int:
-    config = model.config.get_text_config()
-    itemsize = model.get_input_embeddings().weight.element_size()
-    return max(1, num_bytes // (block_size * KVPool.bytes_per_token(config, itemsize)))
 
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> frozenset[int]:

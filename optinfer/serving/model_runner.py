@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.packed import can_pack
+from optinfer.kv_cache.pool import KVPool
+from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.schemes import resolve_scheme
+from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.cuda_graphs import GraphedDecode
-from optinfer.serving.fuse import fuse_projections
-from optinfer.serving.lean_decoder import LeanDecoder
-from optinfer.serving.paged_batch import IMPLEMENTATION, Chunk, KVPool, PagedBatch
+from optinfer.serving.lean_decoder import LeanDecoder, is_lean
+from optinfer.serving.paged_batch import IMPLEMENTATION, Chunk, PagedBatch
 
 
 class ModelRunner:
@@ -20,14 +22,17 @@ class ModelRunner:
     Args:
         model: a transformers decoder whose attention goes through the attention interface.
         num_blocks, block_size: the pool; block numbers come from the block manager.
-        fuse: compute Llama-like families by `LeanDecoder`. In bf16 on a CPU it keeps a repacked copy of the weights;
-            elsewhere q/k/v and gate/up projections are merged in place (see `fuse_projections`). False: the modules
-            as they are.
-        cuda_graphs: run decode steps from CUDA graphs, one per bucket of batch size and context (see `GraphedDecode`).
-            None: on a GPU, for the families of `LeanDecoder`.
+        fuse: compute Llama-like families without their modules: on a CPU by `CompiledDecoder`, elsewhere by `LeanDecoder`,
+            for which q/k/v and gate/up weights move next to each other (see `fuse`). False: the modules as they are.
+        head: a quantization scheme such as "int8" for the layer that makes logits (a copy is quantized: the model's own, often
+            shared with its embeddings, stays). For a small model it is a quarter of what a token reads. None: as it is.
+        attention_backend: of `paged_attention`: "triton", "loops", "sdpa", "reference", or "auto".
+        kv_dtype: of the pages, e.g. torch.int8; None: the model's.
+        cuda_graphs: run decode steps from CUDA graphs, one per batch size (see `GraphedDecode`). None: on a GPU, for the
+            families of `LeanDecoder`.
         compile: compile the lean decoder by torch.compile. Worth trying on a GPU; on a CPU it needs a C++ compiler and
             a minute per shape.
-        max_graph_size: largest batch that is captured.
+        max_graph_size, max_length: largest batch and longest context that are captured.
 
     A step is three parts so that the middle one can be captured in a CUDA graph: pack on the host, `forward` on the
     device, sample. Between steps the model is as its owner left it: `model.generate` keeps working.
@@ -43,41 +48,62 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         fuse: bool = True,
+        head: str | None = None,
+        attention_backend: str = "auto",
+        kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
         max_graph_size: int = 64,
+        max_length: int = 2**20,
     ):
         if not getattr(model, "_supports_attention_backend", False):
             raise ValueError(f"{type(model).__name__} does not route its attention through transformers' interface")
-        self.model = model
+        self.model, self.backend = model, attention_backend
         self.config = model.config.get_text_config()
         weight = model.get_input_embeddings().weight
-        if fuse and not can_pack(weight):
-            fuse_projections(model)
-        self.decoder: Any = LeanDecoder.of(model) if fuse else None
-        if compile and self.decoder is None:
-            raise ValueError("compile=True needs a Llama-like model and fuse=True")
+        lean = fuse and is_lean(model)
+        for name, wanted in (("compile", compile), ("head", head is not None)):
+            if wanted and not lean:
+                raise ValueError(f"{name}={wanted!r} needs a Llama-like model and fuse=True")
         if cuda_graphs and weight.device.type != "cuda":
             raise ValueError(f"cuda_graphs=True needs a model on a GPU; this one is on {weight.device}")
         if cuda_graphs is None:
-            cuda_graphs = weight.device.type == "cuda" and self.decoder is not None
-        if compile:
-            self.decoder = torch.compile(self.decoder)
+            cuda_graphs = weight.device.type == "cuda" and lean
         scratch = 1 if cuda_graphs else 0
-        self.pool = KVPool(self.config, num_blocks + scratch, block_size, weight.dtype, weight.device)
-        if compile:
-            self.pool.kernels = None  # torch.compile writes its own
-        self.graphs = GraphedDecode(self.pool, self.forward, max_graph_size) if cuda_graphs else None
+        self.pool = KVPool.for_config(
+            self.config, num_blocks + scratch, block_size, dtype=kv_dtype or weight.dtype, device=weight.device
+        )
+        self._lean, self._compile, self._max_length = lean, compile, max_length
+        self._head = None if head is None else resolve_scheme(head)
+        self.decoder = self._make_decoder()
+        self.graphs = None
+        if cuda_graphs:
+            self.graphs = GraphedDecode(self.pool, self.forward, max_length, max_graph_size, attention_backend)
         self.keep_hidden = False
         self.hidden: list[Tensor] = []
+
+    def _make_decoder(self) -> Any:
+        """What computes a batch instead of the model's modules; None: nothing."""
+        if not self._lean:
+            return None
+        head = self.model.lm_head
+        if self._head is not None:
+            head = QuantizedLinear.from_linear(head, self._head)
+        length = self._max_length if self.pool.device.type == "cuda" else 1024
+        if self._compile:
+            return torch.compile(LeanDecoder(self.model, head, length))
+        compiled = CompiledDecoder.of(self.model, self.pool, head) if self.backend in ("auto", "loops") else None
+        return compiled or LeanDecoder(self.model, head, length)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk], num_logits: list[int], copies: Sequence[tuple[int, int]] = ()) -> Tensor:
         """Compute the chunks; returns the logits [sum(num_logits), vocabulary] of each chunk's last tokens."""
-        self.pool.copy_blocks(list(copies))
+        if self.decoder is not None and not self._compile and not self.decoder.watch.same_places():
+            self.decoder = self._make_decoder()
+        self.pool.copy_blocks(copies)
         if self.graphs is not None and not self.keep_hidden and self.graphs.takes(chunks, num_logits):
             return self.graphs.run(chunks)
-        batch = PagedBatch(chunks, num_logits, self.pool)
+        batch = PagedBatch(chunks, num_logits, self.pool, self.backend)
         logits, hidden = self._compute(batch)
         if self.keep_hidden:
             self.hidden = [hidden[first:end] for first, end in batch.spans]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from optinfer import cpu
 from optinfer.serving.request import SamplingParams
 
 
@@ -32,4 +33,7 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: list[float]) -> lis
 
 def greedy(logits: Tensor) -> list[int]:
     """The likeliest token of each row. (`max`, not `argmax`: on a CPU in bf16 that is four times as fast.)"""
+    if logits.dtype == torch.float32 and logits.device.type == "cpu" and (kernels := cpu.kernels()) is not None:
+        # Torch's threads would go on spinning for milliseconds, and take the processor from the next step's.
+        return kernels.argmax(logits.contiguous()).tolist()
     return logits.max(dim=-1).indices.tolist()

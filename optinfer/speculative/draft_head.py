@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from optinfer import cpu
 from optinfer.errors import OptinferError
-from optinfer.packed import PackedWeight, can_pack
 from optinfer.speculative.drafters import Draft, Proposal
 from optinfer.speculative.sampler import Sampler
 
@@ -75,7 +75,7 @@ class DraftHead(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
         self.embedding: Tensor | None = None  # the target's, set by `attach`
         self.rows: Tensor | None = None  # its output rows for our vocabulary
-        self._packed: dict[str, PackedWeight] = {}
+        self._cpu_weights: dict[str, cpu.CpuWeight] = {}
 
     @classmethod
     def for_model(cls, target: Any, vocabulary: Tensor) -> "DraftHead":
@@ -110,10 +110,11 @@ class DraftHead(nn.Module):
         self.to(target.device)
         self.embedding = target.get_input_embeddings().weight.detach()
         self.rows = target.get_output_embeddings().weight.detach()[self.vocabulary]
-        weights = {name: m.weight for name, m in self.named_children() if isinstance(m, nn.Linear)} | {
-            "rows": self.rows
-        }
-        self._packed = {name: PackedWeight(w) for name, w in weights.items() if can_pack(w)}
+        self._cpu_weights = {}
+        if self.rows.device.type == "cpu" and self.rows.dtype != torch.float32 and cpu.kernels() is not None:
+            weights = {name: m.weight for name, m in self.named_children() if isinstance(m, nn.Linear)}
+            found = {name: cpu.CpuWeight.plain(w) for name, w in {**weights, "rows": self.rows}.items()}
+            self._cpu_weights = {name: weight for name, weight in found.items() if weight is not None}
         return self
 
     def inputs(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -144,8 +145,8 @@ class DraftHead(nn.Module):
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         """With a layer of this name, or the output rows."""
-        if name in self._packed and not torch.is_grad_enabled():
-            return self._packed[name](x)
+        if name in self._cpu_weights and not torch.is_grad_enabled():
+            return cpu.linear(x, self._cpu_weights[name])
         return F.linear(x, self.get_parameter(f"{name}.weight") if name != "rows" else self.rows)  # type: ignore[arg-type]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.hardware import has_fast_half
 from optinfer.speculative.distillation import distillation_loss, frequent_tokens
 from optinfer.speculative.draft_head import DraftHead
 
@@ -137,5 +138,5 @@ class HeadTraining:
 
     def _loss(self, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, list[float]]:
         device = self.head.vocabulary.device
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_half(device)):
             return distillation_loss(self.head, {name: x.to(device) for name, x in batch.items()}, steps)

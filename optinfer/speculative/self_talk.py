@@ -14,8 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from optinfer.packed import PackedWeight, can_pack
-from optinfer.serving import cpu_kernels
+from optinfer import cpu
 
 
 class _GrowingLayer(DynamicLayer):
@@ -46,11 +45,15 @@ def _grouped_attention(module, query, key, value, attention_mask=None, scaling=N
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
-    elif compiled := cpu_kernels.of(query):  # a row's buffer is a page as long as the row
-        out, row = torch.empty(batch, heads, dim, dtype=query.dtype), torch.arange(batch)
-        keys, values, last = _whole_buffer(key), _whole_buffer(value), torch.full((batch,), key.shape[2] - 1)
-        compiled.attend(out, query[:, :, 0], keys, values, row[:, None], row, last, scaling or dim**-0.5)
-        return out[:, None], None
+    elif query.device.type == "cpu" and (kernels := cpu.kernels()) is not None:
+        # A row's buffer is a page as long as the row.
+        pages = cpu.Pages.of(*(_whole_buffer(part).transpose(1, 2) for part in (key, value)))
+        row = torch.arange(batch + 1)
+        sequences = cpu.Sequences.of(row, torch.full((batch,), key.shape[2]), row[:batch, None])
+        scoring = cpu.Scoring.of(scaling or dim**-0.5)
+        return kernels.attend(pages, sequences, scoring, query[:, :, 0].float().contiguous()).to(query.dtype)[
+            :, None
+        ], None
     else:
         grouped = query.view(batch, key.shape[1], -1, dim)
         out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, scale=scaling)
@@ -69,17 +72,12 @@ AttentionInterface.register("optinfer_self_talk", _grouped_attention)
 
 @contextlib.contextmanager
 def _fast(model: Any) -> Iterator[None]:
-    """The model with the attention above, and on a CPU with weights that are laid out once."""
+    """The model with the attention above."""
     attention = model.config._attn_implementation
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and can_pack(m.weight)]
     model.set_attn_implementation("optinfer_self_talk")
-    for linear in linears:
-        linear.forward = PackedWeight(linear.weight, linear.bias)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        for linear in linears:
-            del linear.forward  # the class's own shows again
         model.set_attn_implementation(attention)
 
 

@@ -53,18 +53,26 @@ def test_a_model_outside_the_attention_interface_is_refused(build_model):
         Engine(model, num_blocks=4)
 
 
-def test_fusing_changes_no_result(build_model):
-    from optinfer.serving import fuse_projections
+def test_merging_changes_no_result(build_model):
+    from optinfer.serving.fuse import merge
 
     model = build_model(transformers.Qwen2Config(**SHAPE))
     ids = torch.randint(3, 97, (2, 9))
     before, names = model(ids).logits, [name for name, _ in model.named_parameters()]
-    assert fuse_projections(model) == 6
-    assert fuse_projections(model) == 0
+    attention = model.model.layers[0].self_attn
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    weight, bias = merge(layers)
+    again, _ = merge(layers)
+    assert again.data_ptr() == weight.data_ptr() and again.shape == weight.shape
+    assert torch.equal(weight, torch.cat([layer.weight for layer in layers]))
+    assert torch.equal(bias, torch.cat([layer.bias for layer in layers]))
     torch.testing.assert_close(model(ids).logits, before)
     assert [name for name, _ in model.named_parameters()] == names
-    attention = model.model.layers[0].self_attn
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(2)  # seen through the merged weight
+    assert torch.equal(weight[48:64], attention.k_proj.weight)
+    assert merge([attention.q_proj, torch.nn.LayerNorm(3)]) is None
 
 
 def test_quantized_weights(build_model, hf_generate):

@@ -50,6 +50,10 @@ class Linear(nn.Linear):
             return _LinearWithGradient.apply(x, self.weight, self.bias, weight)
         return linear(x, weight)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop("_remembered", None)  # it would keep the old tensors
+        return super()._apply(fn, recurse)
+
     def _cpu_weight(self, x: Tensor) -> CpuWeight | None:
         if x.dtype not in _HALVES or x.dtype != self.weight.dtype or x.device.type != "cpu":
             return None

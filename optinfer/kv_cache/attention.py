@@ -137,7 +137,11 @@ def gather_pages(
 def _by_sdpa(a: PagedArguments, k_cache, v_cache, block_tables, context_lens, k_scale=None, v_scale=None) -> Tensor:
     """Gather one sequence's pages, attend with torch's kernel, go on: the copy is read again while it is in cache."""
     if a.softcap or a.sinks is not None:  # torch's kernel has neither
-        options = {"query_starts": a.query_starts, "max_queries": a.max_queries, "window": a.window or None}
+        options: dict[str, Any] = {
+            "query_starts": a.query_starts,
+            "max_queries": a.max_queries,
+            "window": a.window or None,
+        }
         options |= {"softcap": a.softcap or None, "sinks": a.sinks, "k_scale": k_scale, "v_scale": v_scale}
         return paged_attention_reference(a.q, k_cache, v_cache, block_tables, context_lens, a.scale, **options)
     out = torch.empty_like(a.q)
@@ -164,5 +168,7 @@ def _by_loops(a: PagedArguments, k_cache, v_cache, block_tables, context_lens, k
         raise RuntimeError("backend 'loops' needs tensors on the CPU and a C++ compiler; use 'sdpa'")
     pages = cpu.Pages.of(k_cache, v_cache, k_scale, v_scale)
     sequences = cpu.Sequences.of(a.query_starts, context_lens, block_tables)
-    out = kernels.attend(pages, sequences, cpu.Scoring.of(a.scale, a.softcap, a.window, a.sinks), a.q.float().contiguous())
+    out = kernels.attend(
+        pages, sequences, cpu.Scoring.of(a.scale, a.softcap, a.window, a.sinks), a.q.float().contiguous()
+    )
     return out.to(a.q.dtype)
