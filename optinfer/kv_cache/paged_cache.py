@@ -3,10 +3,9 @@
     cache = PagedCache.for_model(model, num_blocks=256)
     model.generate(**inputs, past_key_values=cache)
 
-Each layer owns two pools [num_blocks, block_size, kv_heads, head_dim]; one `BlockManager` decides for all of
-them which block holds what. The model's own attention knows nothing of pages, so every step gathers the pages
-of each sequence into one contiguous tensor for it. That copy is what `paged_attention` and the serving engine
-avoid; here it buys that any model runs unchanged, token for token.
+One `BlockManager` decides for all layers of the `KVPool` which block holds what. The model's own attention knows nothing
+of pages, so every step gathers the pages of each sequence into one contiguous tensor for it. That copy is what
+`paged_attention` and the serving engine avoid; here it buys that any model runs unchanged, token for token.
 """
 
 from collections import Counter
@@ -19,30 +18,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from optinfer.kv_cache.block_manager import BlockManager, OutOfBlocks
-from optinfer.kv_cache.memory import kv_shape
-
-
-def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with one fp32 scale per token and head: x [..., head_dim] -> (int8 [..., head_dim], scale [...])."""
-    scale = x.float().abs().amax(-1) / 127
-    return (x.float() / scale.clamp_min(1e-30)[..., None]).round().to(torch.int8), scale
+from optinfer.kv_cache.pool import KVPool
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's pools. `update` writes the new keys and values to their slots and returns all of them."""
+    """One layer's view of the pool. `update` writes the new keys and values to their slots and returns all of them."""
 
     is_croppable = True
 
-    def __init__(self, cache: "PagedCache", shape: tuple[int, ...]):
+    def __init__(self, cache: "PagedCache", index: int):
         super().__init__()
-        self.cache = cache
+        self.cache, self.index = cache, index
         self.length = 0  # tokens per sequence seen by this layer
-        options: dict[str, Any] = {"dtype": cache.kv_dtype, "device": cache.device}
-        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
-        self.scales: tuple[Tensor, Tensor] | None = None
-        if cache.kv_dtype == torch.int8:
-            k_scale, v_scale = (torch.zeros(shape[:-1], device=cache.device) for _ in range(2))
-            self.scales = (k_scale, v_scale)
+        self.keys, self.values = cache.pool.layer(index)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -53,27 +41,10 @@ class PagedLayer(CacheLayerMixin):
         batch, _, new, _ = key_states.shape
         self.cache._make_room(batch, self.length + new)  # the first layer of a step does the work for all
         self.length += new
-        write, read = self.cache._slots(self.length - new, self.length)
-        self._write(0, write, key_states)
-        self._write(1, write, value_states)
-        return self._read(0, read, key_states.dtype), self._read(1, read, value_states.dtype)
-
-    def _write(self, which: int, slots: Tensor, states: Tensor) -> None:
-        pool = (self.keys, self.values)[which].flatten(0, 1)  # [slots, kv_heads, head_dim], same memory
-        rows = states.transpose(1, 2)  # [batch, new, kv_heads, head_dim]
-        if self.scales is not None:
-            rows, self.scales[which].flatten(0, 1)[slots] = quantize_kv(rows)
-        pool[slots] = rows.to(pool.dtype)
-
-    def _read(self, which: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = (self.keys, self.values)[which].flatten(0, 1)[slots]
-        if self.scales is not None:
-            rows = rows * self.scales[which].flatten(0, 1)[slots][..., None]
-        return rows.to(dtype).transpose(1, 2)
-
-    def copy_block(self, source: int, target: int) -> None:
-        for pool in (self.keys, self.values, *(self.scales or ())):
-            pool[target] = pool[source]
+        slots, blocks = self.cache._places(self.length - new, self.length)
+        k, v = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
+        self.cache.pool.write(self.index, slots, k, v)
+        return self.cache.pool.gather(self.index, blocks, self.length, key_states.dtype)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -109,22 +80,17 @@ class PagedCache(Cache):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ):
-        allowed = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-        if dtype not in allowed:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}, got {dtype!r}")
         text_config = config.get_text_config()
         kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ValueError(f"config has layers of kind {', '.join(sorted(kinds))}; only full_attention is paged")
         # Tokens never reach a transformers cache, only their keys and values: no prefix caching here.
         self.manager = BlockManager(num_blocks, block_size, prefix_caching=False)
-        self.kv_dtype, self.device = dtype, torch.device(device)
+        self.pool = KVPool.for_config(config, num_blocks, block_size, dtype=dtype, device=device)
         self._rows: list[int] = []  # the sequence of each batch row
         self._new_id = count()
-        self._slot_cache: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-        num_layers, kv_heads, head_dim = kv_shape(config)
-        shape = (num_blocks, block_size, kv_heads, head_dim)
-        super().__init__(layers=[PagedLayer(self, shape) for _ in range(num_layers)])
+        self._known_places: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        super().__init__(layers=[PagedLayer(self, index) for index in range(self.pool.num_layers)])
 
     @classmethod
     def for_model(
@@ -136,8 +102,7 @@ class PagedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all pools, scales included."""
-        tensors = (t for layer in self.layers for t in (layer.keys, layer.values, *(layer.scales or ())))
-        return sum(tensor.nbytes for tensor in tensors)
+        return self.pool.nbytes
 
     @property
     def block_tables(self) -> list[list[int]]:
@@ -198,19 +163,18 @@ class PagedCache(Cache):
                 m.allocate(row, tokens)
         else:
             for row in self._rows:
-                for copy in m.append(row, tokens):
-                    for layer in self.layers:
-                        layer.copy_block(copy.source, copy.target)
-        self._slot_cache = None
+                self.pool.copy_blocks([(copy.source, copy.target) for copy in m.append(row, tokens)])
+        self._known_places = None
 
-    def _slots(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Slots to write [batch, length - start] and to read [batch, length]; the same for every layer."""
-        if self._slot_cache is None or self._slot_cache[0] != (start, length):
-            size = self.manager.block_size
-            tables = torch.tensor(self.block_tables, device=self.device)
-            read = (tables[:, :, None] * size + torch.arange(size, device=self.device)).flatten(1)[:, :length]
-            self._slot_cache = (start, length), (read[:, start:], read)
-        return self._slot_cache[1]
+    def _places(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Slots of the tokens from `start` on [batch * new], and all block tables [batch, n]; the same for every layer."""
+        if self._known_places is None or self._known_places[0] != (start, length):
+            size, device = self.manager.block_size, self.pool.device
+            blocks = torch.tensor(self.block_tables, device=device)
+            token = torch.arange(start, length, device=device)
+            slots = blocks[:, token // size] * size + token % size
+            self._known_places = (start, length), (slots.flatten(), blocks)
+        return self._known_places[1]
 
     def _replace_rows(self, parents: list[int]) -> None:
         children = [next(self._new_id) for _ in parents]
@@ -218,9 +182,9 @@ class PagedCache(Cache):
             self.manager.fork(parent, child)
         for row in self._rows:
             self.manager.free(row)
-        self._rows, self._slot_cache = children, None
+        self._rows, self._known_places = children, None
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
             layer.length = length
-        self._slot_cache = None
+        self._known_places = None

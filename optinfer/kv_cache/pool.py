@@ -122,16 +122,28 @@ class KVPool:
                 x, scale[index].flatten(0, 1)[slots] = quantize_kv(x)
             rows.index_copy_(0, slots, x.to(rows.dtype))
 
-    def read(self, index: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A copy of a layer's keys and values in slots [...]: each [..., kv_heads, head_dim] in `dtype`."""
+    def gather(self, index: int, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A copy of a layer for readers that want each sequence in one piece.
+
+        Args:
+            blocks: int64 [batch, n], the block table of each sequence.
+            length: tokens of each.
+
+        Returns: keys and values [batch, kv_heads, length, head_dim] in `dtype`.
+        """
         found = []
         for pages, scale in zip((self.keys, self.values), (self.key_scales, self.value_scales)):
-            rows = pages[index].flatten(0, 1)[slots]
+            tokens = self._whole_blocks(pages[index], blocks, length)
             if scale is not None:
-                rows = rows * scale[index].flatten(0, 1)[slots][..., None]
-            self.copied_bytes += rows.nbytes
-            found.append(rows.to(dtype))
+                tokens = tokens * self._whole_blocks(scale[index], blocks, length)[..., None]
+            found.append(tokens.to(dtype).transpose(1, 2))
         return found[0], found[1]
+
+    def _whole_blocks(self, pages: Tensor, blocks: Tensor, length: int) -> Tensor:
+        """[batch, length, ...]. Whole blocks, one after the other: several times faster than token by token."""
+        copy = pages.flatten(1).index_select(0, blocks.flatten())
+        self.copied_bytes += copy.nbytes
+        return copy.view(len(blocks), -1, *pages.shape[2:])[:, :length]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, all layers at once: `(source, target)` pairs (copy-on-write)."""

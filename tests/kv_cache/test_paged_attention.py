@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optinfer.kv_cache import paged_attention, paged_attention_reference
-from optinfer.kv_cache.paged_cache import quantize_kv
+from optinfer.kv_cache.pool import quantize_kv
 
 CPU_BACKENDS = ["reference", "sdpa", "loops"]
 

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from optinfer.kv_cache import OutOfBlocks, PagedCache, kv_bytes_per_token
-from optinfer.kv_cache.paged_cache import quantize_kv
+from optinfer.kv_cache.pool import quantize_kv
 
 MODES = {
     "greedy": {},
@@ -79,16 +79,15 @@ def test_crop_by_a_tensor(tiny_model):
 def test_a_wrong_block_would_be_noticed(tiny_model):
     expected = generate(tiny_model, DynamicCache(config=tiny_model.config))
     cache = scrambled(tiny_model)
-    slots = cache._slots
-    cache._slots = lambda start, length: (slots(start, length)[0], slots(start, length)[1].flip(1))
+    gather = cache.pool.gather
+    cache.pool.gather = lambda index, blocks, *rest: gather(index, blocks.roll(1, 1), *rest)
     assert not torch.equal(generate(tiny_model, cache), expected)
 
 
 def test_a_forgotten_copy_on_write_would_be_noticed(tiny_model):
     expected = generate(tiny_model, DynamicCache(config=tiny_model.config), 2, **MODES["beams"])
     cache = scrambled(tiny_model)
-    for layer in cache.layers:
-        layer.copy_block = lambda source, target: None
+    cache.pool.copy_blocks = lambda copies: None
     assert not torch.equal(generate(tiny_model, cache, 2, **MODES["beams"]), expected)
 
 
