@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from optinfer.attention import needs
 from optinfer.attention.dispatch import flash_attention
 from optinfer.attention.reference import attention_reference, causal_mask
 
@@ -100,6 +101,7 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    needs.register()
 
 
 def register_when_imported() -> None:

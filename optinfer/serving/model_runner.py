@@ -1,19 +1,28 @@
 """Runs a transformers model on a packed batch. It knows pages and tensors, but no requests."""
 
+import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optinfer.attention.needs import (
+    ModelNeeds,
+    UnsupportedModel,
+    attention_configs,
+    disagreement,
+    examine,
+    in_eval_mode,
+)
+from optinfer.kv_cache.attention import BACKENDS
 from optinfer.kv_cache.pool import KVPool
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import resolve_scheme
 from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.lean_decoder import LeanDecoder, is_lean
-from optinfer.serving.paged_batch import IMPLEMENTATION, Chunk, PagedBatch
+from optinfer.serving.paged_batch import Chunk, PagedBatch, attending
 
 
 class ModelRunner:
@@ -32,7 +41,11 @@ class ModelRunner:
             families of `LeanDecoder`.
         compile: compile the lean decoder by torch.compile. Worth trying on a GPU; on a CPU it needs a C++ compiler and
             a minute per shape.
-        max_graph_size, max_length: largest batch and longest context that are captured.
+        max_graph_size: largest batch that is captured.
+        max_length: longest sequence.
+        needs: what `examine` found of the model; None: it is examined.
+
+    Raises ValueError for arguments that do not go together, UnsupportedModel for what the model needs and we do not do.
 
     A step is three parts so that the middle one can be captured in a CUDA graph: pack on the host, `forward` on the
     device, sample. Between steps the model is as its owner left it: `model.generate` keeps working.
@@ -55,11 +68,14 @@ class ModelRunner:
         compile: bool = False,
         max_graph_size: int = 64,
         max_length: int = 2**20,
+        needs: ModelNeeds | None = None,
     ):
-        if not getattr(model, "_supports_attention_backend", False):
-            raise ValueError(f"{type(model).__name__} does not route its attention through transformers' interface")
+        if attention_backend not in BACKENDS:
+            raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)}, got {attention_backend!r}")
         self.model, self.backend = model, attention_backend
-        self.config = model.config.get_text_config()
+        self._configs = attention_configs(model)
+        self.needs = needs or examine(model, max_length)
+        self.windows = [layer.window for layer in self.needs.layers]
         weight = model.get_input_embeddings().weight
         lean = fuse and is_lean(model)
         for name, wanted in (("compile", compile), ("head", head is not None)):
@@ -70,9 +86,8 @@ class ModelRunner:
         if cuda_graphs is None:
             cuda_graphs = weight.device.type == "cuda" and lean
         scratch = 1 if cuda_graphs else 0
-        self.pool = KVPool.for_config(
-            self.config, num_blocks + scratch, block_size, dtype=kv_dtype or weight.dtype, device=weight.device
-        )
+        shape = self.needs.kv_shape
+        self.pool = KVPool(*shape, num_blocks + scratch, block_size, kv_dtype or weight.dtype, weight.device)
         self._lean, self._compile, self._max_length = lean, compile, max_length
         self._head = None if head is None else resolve_scheme(head)
         self.decoder = self._make_decoder()
@@ -81,6 +96,38 @@ class ModelRunner:
             self.graphs = GraphedDecode(self.pool, self.forward, max_length, max_graph_size, attention_backend)
         self.keep_hidden = False
         self.hidden: list[Tensor] = []
+        self._keep_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._probe()
+
+    def _probe(self) -> None:
+        """A prompt in two chunks, beside another one, must get the logits that the model gives it in one piece.
+
+        What a table of families cannot know shows here: state that is kept elsewhere than in keys and values, positions
+        that are counted by somebody else, neighbours that are looked at.
+        """
+        size, blocks = self.pool.block_size, self.pool.num_blocks - (1 if self.graphs is not None else 0)
+        tokens = self.needs.tokens[0].tolist()[: max(1, blocks // 2) * size]
+        first = max(1, len(tokens) // 3)
+        table = list(range(blocks))
+        own, other = table[: -(-len(tokens) // size)], table[-(-len(tokens) // size) :][:1]
+        parts = [(tokens[:first], 0), (tokens[first:], first)] if len(tokens) > 1 else [(tokens, 0)]
+        logits = []
+        for part, start in parts:
+            chunks = [Chunk(part, start, own)]
+            if other:
+                chunks.insert(0, Chunk(tokens[-1:], 0, other))
+            rows = self.run(chunks, [len(chunk.token_ids) for chunk in chunks])
+            logits.append(rows[len(chunks) - 1 :])
+        if difference := disagreement(torch.cat(logits), self.needs.logits[: len(tokens)], self._tolerated_dtype()):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} in two chunks over pages gives {difference}: it keeps something between tokens "
+                "that is not in keys and values, or its positions or masks are not those of plain causal attention"
+            )
+
+    def _tolerated_dtype(self) -> torch.dtype:
+        """How exact the logits can be: 8-bit pages and quantized heads are about as far off as bfloat16."""
+        exact = self.pool.dtype == self.model.dtype and self._head is None
+        return self.model.dtype if exact else torch.bfloat16
 
     def _make_decoder(self) -> Any:
         """What computes a batch instead of the model's modules; None: nothing."""
@@ -103,7 +150,7 @@ class ModelRunner:
         self.pool.copy_blocks(copies)
         if self.graphs is not None and not self.keep_hidden and self.graphs.takes(chunks, num_logits):
             return self.graphs.run(chunks)
-        batch = PagedBatch(chunks, num_logits, self.pool, self.backend)
+        batch = PagedBatch(chunks, num_logits, self.pool, self.backend, windows=self.windows)
         logits, hidden = self._compute(batch)
         if self.keep_hidden:
             self.hidden = [hidden[first:end] for first, end in batch.spans]
@@ -116,22 +163,14 @@ class ModelRunner:
     def _compute(self, batch: PagedBatch) -> tuple[Tensor, Any]:
         if self.decoder is not None:
             return self.decoder(batch)
-        with self._paged_attention():
+        keep = {"logits_to_keep": batch.logit_rows} if self._keep_logits else {}
+        with attending(batch, self._configs), in_eval_mode(self.model):
             out = self.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                logits_to_keep=batch.logit_rows,
                 use_cache=False,
                 output_hidden_states=self.keep_hidden,
-                paged=batch,
+                **keep,
             )
-        return out.logits[0], out.hidden_states[-1][0] if self.keep_hidden else None
-
-    @contextmanager
-    def _paged_attention(self) -> Any:
-        usual = self.config._attn_implementation
-        self.config._attn_implementation = IMPLEMENTATION
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = usual
+        logits = out.logits[0] if self._keep_logits else out.logits[0, batch.logit_rows]
+        return logits, out.hidden_states[-1][0] if self.keep_hidden else None

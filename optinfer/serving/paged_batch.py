@@ -1,13 +1,16 @@
 """One step's batch: tokens of many sequences packed in a row, and where their keys and values live.
 
-transformers models run as they are. A step calls ``model(input_ids=[1, T], position_ids=[1, T], paged=batch)`` with the
-attention implementation registered here. Whatever family it is, each layer hands us its fresh queries, keys and values;
-we write keys and values to their slots, and attend over the pages where they lie.
+transformers models run as they are. A step calls ``model(input_ids=[1, T], position_ids=[1, T])`` with the attention
+implementation registered here. Whatever family it is, each layer hands us its fresh queries, keys and values; we write keys
+and values to their slots, and attend over the pages where they lie.
 
 Within a layer every write comes before any read. So a block that is scheduled in this step is as good as computed:
 another sequence of the same step may share it.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from optinfer import cpu
+from optinfer.attention.needs import attention_implementation, read_needs
 from optinfer.kv_cache.attention import choose_backend, paged_attention
 from optinfer.kv_cache.pool import KVPool
 
@@ -45,6 +49,7 @@ class PagedBatch:
         pool: where keys and values live.
         backend: of `paged_attention`.
         table_width: blocks per sequence in `block_tables`, at least as many as the longest needs.
+        windows: of each layer, for models whose layers do not say; None: no window.
 
     Attributes:
         input_ids, position_ids: [1, T].
@@ -64,8 +69,9 @@ class PagedBatch:
         pool: KVPool,
         backend: str = "auto",
         table_width: int | None = None,
+        windows: Sequence[int | None] = (),
     ):
-        self.pool = pool
+        self.pool, self.windows = pool, windows
         self.backend = choose_backend(pool.device) if backend == "auto" else backend
         size = pool.block_size
         lengths = np.array([len(chunk.token_ids) for chunk in chunks])
@@ -125,6 +131,11 @@ class PagedBatch:
     ) -> Tensor:
         """q [T, heads, D], k and v [T, kv_heads, D] of the packed tokens -> [T, heads, D]."""
         pool = self.pool
+        expected = (self.num_tokens, pool.kv_heads, pool.head_dim)
+        if k.shape != expected or v.shape != expected or q.shape[-1] != pool.head_dim:
+            raise ValueError(
+                f"layer {layer} has keys {list(k.shape)} and values {list(v.shape)}, the pool takes {list(expected)}"
+            )
         kernels = cpu.kernels() if self.backend == "loops" else None
         if kernels is not None:
             pages = pool.cpu_pages(layer)
@@ -146,6 +157,20 @@ class PagedBatch:
         return self._sequences
 
 
+_current: contextvars.ContextVar[PagedBatch] = contextvars.ContextVar("optinfer_paged_batch")
+
+
+@contextlib.contextmanager
+def attending(batch: PagedBatch, configs: list[Any]) -> Iterator[None]:
+    """While this lasts, the layers of the model with these configs attend over the batch's pages."""
+    token = _current.set(batch)
+    try:
+        with attention_implementation(configs, IMPLEMENTATION):
+            yield
+    finally:
+        _current.reset(token)
+
+
 def _attention_forward(
     module: Any,
     query: Tensor,
@@ -153,16 +178,16 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    paged: PagedBatch | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if paged is None:
-        raise ValueError(f"attention {IMPLEMENTATION!r} works only inside an engine's step")
+    batch = _current.get()
+    needs = read_needs(module, kwargs, is_causal)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    windows = (needs["window"], batch.windows[module.layer_idx] if batch.windows else None)
+    window = min((w for w in windows if w is not None), default=None)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, D] -> [T, heads, D]
-    return paged.attend(module.layer_idx, q, k, v, scale, sliding_window, softcap)[None], None
+    return batch.attend(module.layer_idx, q, k, v, scale, window, needs["softcap"], needs["sinks"])[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_forward)

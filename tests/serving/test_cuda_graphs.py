@@ -29,7 +29,7 @@ class Replayed:
 def with_graphs(engine, capture=Replayed):
     """Give an engine on a CPU the GPU's path."""
     runner, blocks = engine.runner, engine.manager.num_blocks
-    runner.pool = KVPool.for_config(runner.config, blocks + 1, engine.manager.block_size, dtype=torch.float32)
+    runner.pool = KVPool.for_config(runner.model.config, blocks + 1, engine.manager.block_size, dtype=torch.float32)
     runner.backend = "sdpa"
     runner.decoder = LeanDecoder(runner.model, runner.model.lm_head)
     runner.graphs = GraphedDecode(runner.pool, runner.forward, 60, engine.scheduler.max_num_seqs, "sdpa", capture)
