@@ -230,29 +230,29 @@ def test_bad_arguments_are_refused():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk"])
+@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "chunk with window, cap and sinks"])
 def test_kernels_compile_without_a_spill(arch, kind):
     from optinfer_kernels.compile import SHARED_MEMORY, compile_for
     from optinfer_kernels.paged_attention import add_splits_kernel, paged_attention_kernel, tile_for
 
-    int8, rows = "int8" in kind, 4 if "decode" in kind else 512
-    tile = tile_for(arch, torch.float16, 128, rows)
-    cache = "*i8" if int8 else "*fp16"
-    pointers = {"q_ptr": "*fp16", "k_ptr": cache, "v_ptr": cache, "out_ptr": "*fp16", "table_ptr": "*i32"}
-    pointers |= {"length_ptr": "*i32"}
-    pointers |= dict.fromkeys(["k_scale_ptr", "v_scale_ptr", "part_ptr", "lse_ptr"], "*fp32")
-    strides = [n for n in paged_attention_kernel.arg_names if "stride" in n]
-    signature = pointers | dict.fromkeys(strides, "i32") | {"q_len": "i32", "splits": "i32", "scale": "fp32"}
+    int8, decode, everything = "int8" in kind, "decode" in kind, "with" in kind
+    tile = tile_for(arch, torch.float16, 128, 4 if decode else 512)
     constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE": 16, "BLOCK_M": tile.block_m}
-    constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": rows == 4, "PRECISION": "tf32"}
-    aligned = tuple(n for n in strides if n != "table_stride")
+    constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": decode, "PRECISION": "tf32"}
+    constants |= dict.fromkeys(["WINDOW", "SOFTCAP", "SINKS"], everything)
+    types = {"q_ptr": "*fp16", "out_ptr": "*fp16", "scale": "fp32", "cap_scale": "fp32"}
+    types |= dict.fromkeys(["k_ptr", "v_ptr"], "*i8" if int8 else "*fp16")
+    types |= dict.fromkeys(["table_ptr", "length_ptr", "start_ptr"], "*i32")
+    types |= dict.fromkeys(["k_scale_ptr", "v_scale_ptr", "sink_ptr", "part_ptr", "lse_ptr"], "*fp32")
+    signature = {n: types.get(n, "i32") for n in paged_attention_kernel.arg_names if n not in constants}
+    aligned = tuple(n for n in signature if "stride" in n and n != "table_stride")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     compiled = compile_for(arch, paged_attention_kernel, signature, constants, aligned=aligned, **options)
     assert compiled.spill_bytes == 0
     assert compiled.shared_bytes <= SHARED_MEMORY[arch]
     if arch >= 80:
         assert any(compiled.count(i) for i in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
-    if rows == 4:
-        signature = {n: pointers.get(n, "i32") for n in add_splits_kernel.arg_names if n.islower()}
+    if decode:
         constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_S": 16}
+        signature = {n: types.get(n, "i32") for n in add_splits_kernel.arg_names if n not in constants}
         assert compile_for(arch, add_splits_kernel, signature, constants).spill_bytes == 0
