@@ -153,8 +153,8 @@ def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:
     """Decoding has few rows and wants many loads in flight; a prompt chunk has many rows and wants large products."""
     wide = block_d(head_dim) > 128 or dtype == torch.float32
     block_m = 16 if rows <= 16 or arch < 80 else 32 if wide else 64
-    if arch < 80:  # no asynchronous copies and 64 KB of shared memory
-        return Tile(block_m, 32, 4, 1)
+    if arch < 80:  # no asynchronous copies, and small products: wide tiles would spill registers
+        return Tile(block_m, 16 if block_d(head_dim) >= 128 else 32, 4, 1)
     return Tile(block_m, 32 if wide else 64, 4 if block_m == 16 else 8, 2 if wide else 3)
 
 

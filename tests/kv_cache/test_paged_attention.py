@@ -230,14 +230,16 @@ def test_bad_arguments_are_refused():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "chunk with window, cap and sinks"])
-def test_kernels_compile_without_a_spill(arch, kind):
+@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "decode with all", "chunk with all"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_compile_without_a_spill(arch, kind, head_dim):
+    """ "all": window, soft cap and sinks."""
     from optinfer_kernels.compile import SHARED_MEMORY, compile_for
     from optinfer_kernels.paged_attention import add_splits_kernel, paged_attention_kernel, tile_for
 
     int8, decode, everything = "int8" in kind, "decode" in kind, "with" in kind
-    tile = tile_for(arch, torch.float16, 128, 4 if decode else 512)
-    constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "PAGE": 16, "BLOCK_M": tile.block_m}
+    tile = tile_for(arch, torch.float16, head_dim, 4 if decode else 512)
+    constants = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE": 16, "BLOCK_M": tile.block_m}
     constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": decode, "PRECISION": "tf32"}
     constants |= dict.fromkeys(["WINDOW", "SOFTCAP", "SINKS"], everything)
     types = {"q_ptr": "*fp16", "out_ptr": "*fp16", "scale": "fp32", "cap_scale": "fp32"}
@@ -253,6 +255,6 @@ def test_kernels_compile_without_a_spill(arch, kind):
     if arch >= 80:
         assert any(compiled.count(i) for i in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
     if decode:
-        constants = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_S": 16}
+        constants = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 16}
         signature = {n: types.get(n, "i32") for n in add_splits_kernel.arg_names if n not in constants}
         assert compile_for(arch, add_splits_kernel, signature, constants).spill_bytes == 0
