@@ -15,7 +15,6 @@ from optinfer.cpu import structs
 from optinfer.kv_cache.pool import KVPool
 from optinfer.serving.paged_batch import PagedBatch
 from optinfer.serving.rotary import Angles
-from optinfer.serving.watch import Watch
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,7 +49,6 @@ class CompiledDecoder:
             norm=self._numbers(base.norm.weight, (self.hidden,)),
             head=self._weight(head, self.vocabulary, self.hidden),
         )
-        self.watch = Watch(model)
 
     @staticmethod
     def of(model: Any, pool: KVPool, head: Any) -> "CompiledDecoder | None":

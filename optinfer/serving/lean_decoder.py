@@ -17,7 +17,6 @@ from torch.nn.functional import linear, rms_norm, silu
 from optinfer.serving.fuse import merge
 from optinfer.serving.paged_batch import PagedBatch
 from optinfer.serving.rotary import Angles, depends_on_position_alone
-from optinfer.serving.watch import Watch
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
@@ -72,7 +71,6 @@ class LeanDecoder:
         self.angles = Angles(base.rotary_emb, self.embedding.weight.dtype, self.embedding.weight.device, max_length)
         self.layers = [_Layer(layer, index) for index, layer in enumerate(base.layers)]
         self.norm, self.head = _norm(base.norm), Product(head)
-        self.watch = Watch(model)
 
     def __call__(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
         """The logits [rows, vocabulary] of the batch's `logit_rows`, and all final hidden states [tokens, hidden]."""

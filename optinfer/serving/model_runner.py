@@ -23,6 +23,7 @@ from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.lean_decoder import LeanDecoder, is_lean
 from optinfer.serving.paged_batch import Chunk, PagedBatch, attending
+from optinfer.serving.watch import Watch
 
 
 class ModelRunner:
@@ -48,7 +49,7 @@ class ModelRunner:
     Raises ValueError for arguments that do not go together, UnsupportedModel for what the model needs and we do not do.
 
     A step is three parts so that the middle one can be captured in a CUDA graph: pack on the host, `forward` on the
-    device, sample. Between steps the model is as its owner left it: `model.generate` keeps working.
+    device, sample. Between steps the model is as its owner left it: `model.generate` keeps working, training too.
 
     Attributes:
         keep_hidden: keep the final hidden states of each step, for drafters that read them.
@@ -72,32 +73,59 @@ class ModelRunner:
     ):
         if attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)}, got {attention_backend!r}")
-        self.model, self.backend = model, attention_backend
-        self._configs = attention_configs(model)
-        self.needs = needs or examine(model, max_length)
-        self.windows = [layer.window for layer in self.needs.layers]
-        weight = model.get_input_embeddings().weight
-        lean = fuse and is_lean(model)
-        for name, wanted in (("compile", compile), ("head", head is not None)):
-            if wanted and not lean:
-                raise ValueError(f"{name}={wanted!r} needs a Llama-like model and fuse=True")
-        if cuda_graphs and weight.device.type != "cuda":
-            raise ValueError(f"cuda_graphs=True needs a model on a GPU; this one is on {weight.device}")
-        if cuda_graphs is None:
-            cuda_graphs = weight.device.type == "cuda" and lean
-        scratch = 1 if cuda_graphs else 0
-        shape = self.needs.kv_shape
-        self.pool = KVPool(*shape, num_blocks + scratch, block_size, kv_dtype or weight.dtype, weight.device)
-        self._lean, self._compile, self._max_length = lean, compile, max_length
+        self.model, self.backend, self.max_length = model, attention_backend, max_length
+        self._fuse, self._compile = fuse, compile
         self._head = None if head is None else resolve_scheme(head)
-        self.decoder = self._make_decoder()
-        self.graphs = None
-        if cuda_graphs:
-            self.graphs = GraphedDecode(self.pool, self.forward, max_length, max_graph_size, attention_backend)
+        self._num_blocks, self._block_size, self._kv_dtype = num_blocks, block_size, kv_dtype
+        self._cuda_graphs, self._max_graph_size = cuda_graphs, max_graph_size
+        self._keep_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.keep_hidden = False
         self.hidden: list[Tensor] = []
-        self._keep_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._set_up(needs or examine(model, max_length))
+
+    def _set_up(self, needs: ModelNeeds) -> None:
+        """Make pages and decoder for the model as it is now, and try them."""
+        self.needs = needs
+        self.windows = [layer.window for layer in needs.layers]
+        self._configs = attention_configs(self.model)
+        weight = self.model.get_input_embeddings().weight
+        self._lean = self._fuse and is_lean(self.model)
+        for name, wanted in (("compile", self._compile), ("head", self._head is not None)):
+            if wanted and not self._lean:
+                raise ValueError(f"{name} needs a Llama-like model and fuse=True")
+        if self._cuda_graphs and weight.device.type != "cuda":
+            raise ValueError(f"cuda_graphs=True needs a model on a GPU; this one is on {weight.device}")
+        with_graphs = weight.device.type == "cuda" and self._lean if self._cuda_graphs is None else self._cuda_graphs
+        scratch = 1 if with_graphs else 0
+        dtype = self._kv_dtype or weight.dtype
+        self.pool = KVPool(*needs.kv_shape, self._num_blocks + scratch, self._block_size, dtype, weight.device)
+        self._dtype = weight.dtype
+        self.graphs: GraphedDecode | None = None
+        self._make_decoder(with_graphs)
         self._probe()
+
+    # ------------------------------------------------------------ the model is its owner's
+
+    def is_current(self) -> bool:
+        """Whether model and weights are what this runner was made for. Ask before a step."""
+        return self._watch.same_weights() and self._watch.same_modules()
+
+    def renew(self) -> None:
+        """The model has changed: take it as it is now. The pages keep nothing that is worth anything.
+
+        Raises UnsupportedModel or ValueError, as when the runner was made; then the old state stays, and is not current.
+        """
+        weight = self.model.get_input_embeddings().weight
+        if self._watch.same_modules() and (weight.dtype, weight.device) == (self._dtype, self.pool.device):
+            self._make_decoder(self.graphs is not None)
+        else:
+            self._set_up(examine(self.model, self.max_length))
+
+    def _make_decoder(self, with_graphs: bool) -> None:
+        self.decoder = self._choose_decoder()
+        if with_graphs:
+            self.graphs = GraphedDecode(self.pool, self.forward, self.max_length, self._max_graph_size, self.backend)
+        self._watch = Watch(self.model)
 
     def _probe(self) -> None:
         """A prompt in two chunks, beside another one, must get the logits that the model gives it in one piece.
@@ -129,14 +157,14 @@ class ModelRunner:
         exact = self.pool.dtype == self.model.dtype and self._head is None
         return self.model.dtype if exact else torch.bfloat16
 
-    def _make_decoder(self) -> Any:
+    def _choose_decoder(self) -> Any:
         """What computes a batch instead of the model's modules; None: nothing."""
         if not self._lean:
             return None
         head = self.model.lm_head
         if self._head is not None:
             head = QuantizedLinear.from_linear(head, self._head)
-        length = self._max_length if self.pool.device.type == "cuda" else 1024
+        length = self.max_length if self.pool.device.type == "cuda" else 1024
         if self._compile:
             return torch.compile(LeanDecoder(self.model, head, length))
         compiled = CompiledDecoder.of(self.model, self.pool, head) if self.backend in ("auto", "loops") else None
@@ -144,9 +172,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk], num_logits: list[int], copies: Sequence[tuple[int, int]] = ()) -> Tensor:
-        """Compute the chunks; returns the logits [sum(num_logits), vocabulary] of each chunk's last tokens."""
-        if self.decoder is not None and not self._compile and not self.decoder.watch.same_places():
-            self.decoder = self._make_decoder()
+        """Compute the chunks; returns the logits [sum(num_logits), vocabulary] of each chunk's last tokens.
+
+        Of a model that changed, the old weights may be used: ask `is_current` before.
+        """
         self.pool.copy_blocks(copies)
         if self.graphs is not None and not self.keep_hidden and self.graphs.takes(chunks, num_logits):
             return self.graphs.run(chunks)

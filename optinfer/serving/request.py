@@ -102,7 +102,7 @@ class RequestMetrics:
 @dataclass(frozen=True)
 class Completion:
     """A finished continuation. `finish_reason`: "stop" (end of sequence, stop string or token), "length"
-    (`max_tokens` or the context is full), or "cancelled"."""
+    (`max_tokens` or the context is full), "cancelled", or "error", and then `error` says what went wrong."""
 
     request_id: str
     index: int  # 0 to n-1
@@ -110,6 +110,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: str
     metrics: RequestMetrics
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,18 @@ class Delta:
     text: str | None
     token_ids: list[int]
     finish_reason: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it."""
+    """A prompt and how to continue it. Requests share cached prefixes only within the same `salt`."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival: float
+    salt: str = ""
 
 
 @dataclass(eq=False)

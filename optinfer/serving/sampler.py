@@ -1,10 +1,24 @@
 """From logits to tokens. Every continuation brings its own random number, so a sample never depends on the batch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from optinfer import cpu
 from optinfer.serving.request import SamplingParams
+
+NO_TOKEN = -1  # in place of a token where the logits are not numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Choose a token from a row of the logits; `uniform` in [0, 1) decides, None: the likeliest."""
+
+    row: int
+    params: SamplingParams
+    uniform: float | None = None
 
 
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -24,16 +38,41 @@ def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, params: SamplingParams, uniforms: list[float]) -> list[int]:
+def sample(logits: Tensor, params: SamplingParams, uniforms: Sequence[float]) -> Tensor:
     """One token per row of `logits` [rows, vocabulary], by inverting the cumulative law at the given uniforms."""
     cumulative = filter_logits(logits, params).softmax(-1).cumsum(-1)
     points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+    return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
 
 
-def greedy(logits: Tensor) -> list[int]:
-    """The likeliest token of each row. (`max`, not `argmax`: on a CPU in bf16 that is four times as fast.)"""
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, int64; NO_TOKEN where the largest logit is NaN or infinite.
+
+    (`max`, not `argmax`: on a CPU in bf16 that is four times as fast.)
+    """
     if logits.dtype == torch.float32 and logits.device.type == "cpu" and (kernels := cpu.kernels()) is not None:
         # Torch's threads would go on spinning for milliseconds, and take the processor from the next step's.
-        return kernels.argmax(logits.contiguous()).tolist()
-    return logits.max(dim=-1).indices.tolist()
+        tokens = kernels.argmax(logits.contiguous())  # a NaN counts as the largest, as in torch
+        highest = logits.gather(-1, tokens[:, None])[:, 0]
+    else:
+        highest, tokens = logits.max(dim=-1)
+    return tokens.masked_fill(~highest.isfinite(), NO_TOKEN)
+
+
+def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """A token for each draw, NO_TOKEN where its logits are not numbers. The device is waited for once."""
+    if not draws:
+        return []
+    rows = torch.tensor([draw.row for draw in draws], device=logits.device)
+    tokens = likeliest(logits)[rows]
+    alike: dict[tuple, list[int]] = {}
+    for i, draw in enumerate(draws):
+        if draw.uniform is not None:
+            p = draw.params
+            alike.setdefault((p.temperature, p.top_k, p.top_p, p.min_p), []).append(i)
+    for members in alike.values():
+        uniforms = [u for i in members if (u := draws[i].uniform) is not None]
+        index = torch.tensor(members, device=logits.device)
+        drawn = sample(logits[rows[index]], draws[members[0]].params, uniforms)
+        tokens[index] = torch.where(tokens[index] < 0, NO_TOKEN, drawn)
+    return tokens.tolist()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from optinfer.kv_cache import BlockManager, OutOfBlocks
+from optinfer.kv_cache import Allocation, BlockManager, OutOfBlocks
 from optinfer.serving.request import Sequence
 
 POLICIES = ("continuous", "prefill_first", "static")
@@ -190,7 +190,7 @@ class Scheduler:
             if not self.chunked_prefill and step.chunks and self._num_missing(sequence) > budget:
                 break  # waits for a step of its own
             try:
-                found = self.manager.allocate(sequence.seq_id, sequence.token_ids, commit=False)
+                found = self._allocate(sequence)
             except OutOfBlocks:
                 break
             self.waiting.popleft()
@@ -206,8 +206,13 @@ class Scheduler:
             budget = max(0, budget - num_tokens)
         return budget
 
+    def _allocate(self, sequence: Sequence) -> Allocation:
+        salt = sequence.request.salt
+        return self.manager.allocate(sequence.seq_id, sequence.token_ids, salt=salt, commit=False)
+
     def _num_missing(self, sequence: Sequence) -> int:
-        return len(sequence.token_ids) - self.manager.num_cached_tokens(sequence.token_ids)
+        cached = self.manager.num_cached_tokens(sequence.token_ids, salt=sequence.request.salt)
+        return len(sequence.token_ids) - cached
 
     # ------------------------------------------------------------ after the step
 

@@ -6,6 +6,7 @@ draw from the rest), and the output is the same, token for token, as without spe
 """
 
 import copy
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,19 @@ class BatchedModelDrafts:
 
     needs_hidden = False
 
-    def __init__(self, model: Any, num_blocks: int, block_size: int):
-        self.runner = ModelRunner(model, num_blocks, block_size)
-        self.manager = BlockManager(num_blocks, block_size, record_events=False)
+    def __init__(self, model: Any, num_blocks: int, block_size: int, max_length: int):
+        self.runner = ModelRunner(model, num_blocks, block_size, max_length=max_length)
+        self._new_manager = functools.partial(BlockManager, num_blocks, block_size, record_events=False)
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.manager = self._new_manager()
         self._computed: dict[Hashable, int] = {}  # per sequence: tokens whose keys and values are in the pages
 
     def propose(self, sequences: list[Sequence], num_tokens: int) -> dict[Sequence, list[int]]:
+        if not self.runner.is_current():
+            self.runner.renew()
+            self._start_again()
         drafts: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences if self._follow(sequence)}
         for _ in range(num_tokens):
             drafting = [s for s in drafts if len(drafts[s]) == 0 or self._append(s, drafts[s][-1])]
@@ -214,7 +222,7 @@ class Speculator:
         self.drafts.forget(sequence)
 
 
-def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int) -> Any:
+def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int, max_length: int) -> Any:
     """The batch's drafter for what a user passes as `draft`.
 
     Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
@@ -225,5 +233,5 @@ def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int
         raise ValueError(f"draft must be None, 'prompt_lookup' or an optinfer.speculative drafter, got {draft!r}")
     if isinstance(draft, ModelDraft):
         draft.bind(model)
-        return BatchedModelDrafts(draft.model, num_blocks, block_size)
+        return BatchedModelDrafts(draft.model, num_blocks, block_size, max_length)
     return SequenceDrafts(draft, model)

@@ -1,39 +1,58 @@
-"""Notices what the owner of a model does to it while an engine runs: weights that move, change, or are replaced."""
+"""Notices what the owner of a model does to it while an engine runs: weights that move or change, modules that are replaced."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
+_SWITCHES = ("_active_adapter", "_disable_adapters", "scaling")  # of PEFT's layers: they change results, not weights
+
 
 class Watch:
-    """What a model's modules and parameters were when it began to look.
+    """What a model's modules and weights were when it began to look.
 
-    Looking takes some tens of microseconds: it walks over remembered dictionaries, not over modules.
+    Weights are what `state_dict` holds: parameters and persistent buffers. Looking takes some tens of microseconds: it
+    walks over remembered dictionaries, not over modules.
     """
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        homes: list[dict[str, Any]] = [home for m in modules for home in (m._parameters, m._buffers)]
-        self._slots = [(home, name) for home in homes for name in home]
-        self._places = self._find_places()
-        self._versions = self._find_versions()
+        self._children = [(m._modules, dict(m._modules)) for m in modules]
+        self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._num_hooks = self._count_hooks()
+        self._switches = [(vars(m), name) for m in modules for name in _SWITCHES if name in vars(m)]
+        self._settings = self._read_switches()
+        slots: list[tuple[dict[str, Any], str]] = [(m._parameters, name) for m in modules for name in m._parameters]
+        slots += [(m._buffers, n) for m in modules for n in m._buffers if n not in m._non_persistent_buffers_set]
+        self._slots = [(home, name) for home, name in slots if home[name] is not None]
+        self._weights = self._look()
 
-    def same_places(self) -> bool:
-        """Whether all modules are the same objects, and all tensors lie where they lay."""
-        return all(d.get(name) is child for d, name, child in self._children) and self._places == self._find_places()
+    def same_modules(self) -> bool:
+        """Whether all modules are the same objects, with as many hooks and the same adapters switched on."""
+        return (
+            all(children == before for children, before in self._children)
+            and self._num_hooks == self._count_hooks()
+            and self._settings == self._read_switches()
+        )
 
-    def same_values(self) -> bool:
-        """Whether moreover nothing was written to them. (A write through `.data` leaves no trace in torch.)"""
-        return self.same_places() and self._versions == self._find_versions()
+    def same_weights(self) -> bool:
+        """Whether all weights lie where they lay and nothing was written to them.
 
-    def _find_places(self) -> list[int]:
-        return [0 if (tensor := d.get(name)) is None else tensor.data_ptr() for d, name in self._slots]
+        (A write through `.data` leaves no trace in torch.)
+        """
+        return self._weights == self._look()
 
-    def _find_versions(self) -> list[int]:
-        return [_version(d.get(name)) for d, name in self._slots]
+    def _look(self) -> list[tuple[int, int]]:
+        return [_state(home.get(name)) for home, name in self._slots]
+
+    def _count_hooks(self) -> int:
+        return sum(map(len, self._hooks))
+
+    def _read_switches(self) -> list[str]:
+        return [repr(home.get(name)) for home, name in self._switches]
 
 
-def _version(tensor: Tensor | None) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Where a tensor lies, and how often it was written to; inference tensors do not count."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

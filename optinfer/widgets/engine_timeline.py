@@ -29,7 +29,7 @@ class EngineTimeline(StaticWidget):
         Raises ValueError: no engine, or one without a log.
         """
         if not engines or not all(engine.log for engine in engines.values()):
-            raise ValueError("need at least one engine that has a log (log=True, and at least one step)")
+            raise ValueError("need at least one engine that has a log (log_steps above 0, and at least one step)")
         runs = [_run(name.replace("_", " "), engine) for name, engine in engines.items()]
         return cls(runs=runs, step=max(len(run["frames"]) for run in runs) - 1)  # the whole story first
 
@@ -52,15 +52,15 @@ def _run(name: str, engine: "Engine") -> dict:
     for record in engine.log:
         cells = []
         for chunk in record.chunks:
-            row = rows.setdefault((chunk["request_id"], chunk["index"]), len(rows))
+            row = rows.setdefault((chunk.request_id, chunk.index), len(rows))
             cells.append(
                 {
                     "row": row,
-                    "kind": chunk["kind"],
-                    "tokens": chunk["num_tokens"],
-                    "start": chunk["start"],
-                    "drafted": chunk["drafted"],
-                    "accepted": chunk["accepted"],
+                    "kind": chunk.kind,
+                    "tokens": chunk.num_tokens,
+                    "start": chunk.start,
+                    "drafted": chunk.drafted,
+                    "accepted": chunk.accepted,
                 }
             )
         frames.append(

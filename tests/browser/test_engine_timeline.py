@@ -122,6 +122,6 @@ def test_play_and_what_is_said(page: Page, engines: dict[str, Engine]) -> None:
     preempted = [t for t in titles if t.endswith("preempted")]
     engine = engines["continuous"]
     assert len(preempted) == engine.stats.preemptions
-    assert len(accepted) == sum(bool(chunk["drafted"]) for record in engine.log for chunk in record.chunks)
+    assert len(accepted) == sum(bool(chunk.drafted) for record in engine.log for chunk in record.chunks)
     name = page.locator("svg").first.get_attribute("aria-label")
     assert name == f"continuous: 4 requests over {len(engine.log)} steps, shown up to step {longest}"

@@ -49,6 +49,11 @@ def model():
 
 
 @pytest.fixture(scope="session")
+def byte_model():
+    return tiny_llama(vocab_size=256)
+
+
+@pytest.fixture(scope="session")
 def reference(model):
     """Greedy continuation by `generate`, remembered: `reference(prompt, max_tokens)`."""
     known: dict = {}
@@ -94,7 +99,10 @@ class ScriptedModel:
 
     def __init__(self, engine, next_token):
         self.engine, self.next_token = engine, next_token
-        engine.runner = self
+        engine.runner = engine._loop.runner = self
+
+    def is_current(self):
+        return True
 
     def run(self, chunks, num_logits, copies=()):
         text_of = {tuple(c.block_table): self._text(c) for c in chunks}

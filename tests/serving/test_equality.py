@@ -119,4 +119,4 @@ def test_requests_of_one_step_share_what_that_step_computes(model, reference):
     engine = Engine(model, num_blocks=60, block_size=4)
     done = engine.generate(prompts, SamplingParams(max_tokens=6))
     assert [c.token_ids for c in done] == [reference(p, 6) for p in prompts]
-    assert engine.log[0].chunks[1]["start"] == 40  # the second prompt found the first one's blocks at once
+    assert engine.log[0].chunks[1].start == 40  # the second prompt found the first one's blocks at once

@@ -155,7 +155,7 @@ def test_a_stream_ended_by_its_reader(engine, reference, end):
 def test_a_stream_cancelled_by_somebody_else(engine, reference):
     stream = engine.stream([8, 9, 10], SamplingParams(max_tokens=20, ignore_eos=True))
     first = next(stream)
-    (request_id,) = engine._groups
+    (request_id,) = engine.request_ids
     engine.cancel(request_id)
     rest = list(stream)
     assert rest[-1].finish_reason == "cancelled" and not rest[-1].token_ids
@@ -267,9 +267,8 @@ def test_stop_strings(byte_tokenizer_class, text, stop):
         assert whole == text[:begin]
 
 
-def test_a_stop_string_in_the_engine(model, byte_tokenizer, scripted):
-    engine = Engine(model, byte_tokenizer, num_blocks=24, block_size=4, draft="prompt_lookup", adaptive_drafts=False)
-    engine.vocab_size = 256
+def test_a_stop_string_in_the_engine(byte_model, byte_tokenizer, scripted):
+    engine = Engine(byte_model, byte_tokenizer, num_blocks=24, block_size=4, draft="prompt_lookup", adaptive_drafts=False)
     answer = list(b"say STOP now")
     scripted(engine, lambda text: answer[min(len(text) - 4, len(answer) - 1)])
     params = SamplingParams(max_tokens=30, stop=("STOP",))
@@ -300,7 +299,7 @@ def test_samples_follow_the_law():
     law = filter_logits(logits, params).softmax(-1)[0]
     generator = torch.Generator().manual_seed(1)
     draws = 20_000
-    tokens = sample(logits.expand(draws, -1), params, torch.rand(draws, generator=generator).tolist())
+    tokens = sample(logits.expand(draws, -1), params, torch.rand(draws, generator=generator).tolist()).tolist()
     counts = Counter(tokens)
     likely = [i for i in range(12) if law[i] > 0]
     assert set(counts) <= set(likely) and len(likely) == 6

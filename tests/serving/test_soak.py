@@ -9,7 +9,7 @@ from optinfer.serving import Engine, SamplingParams
 
 def soak(model, scripted, num_requests, seed):
     rng = random.Random(seed)
-    engine = Engine(model, num_blocks=24, block_size=4, max_batched_tokens=24, max_num_seqs=12, log=False,
+    engine = Engine(model, num_blocks=24, block_size=4, max_batched_tokens=24, max_num_seqs=12, log_steps=0,
                     draft="prompt_lookup", adaptive_drafts=False)  # fmt: skip
     scripted(engine, lambda text: 2 if hash((len(text), text[-1])) % 17 == 0 else 3 + (text[-1] * 7 + len(text)) % 40)
     outstanding, reported, cancelled, expected, added = set(), {}, set(), {}, 0
@@ -27,7 +27,7 @@ def soak(model, scripted, num_requests, seed):
                 added += 1
         if outstanding and rng.random() < 0.1:
             victim = rng.choice(sorted(outstanding))
-            if victim in engine._groups:
+            if victim in engine.request_ids:
                 engine.cancel(victim)
                 cancelled.add(victim)
         for done in engine.step():
@@ -42,7 +42,7 @@ def soak(model, scripted, num_requests, seed):
         assert set(parts.values()) <= {"stop", "length", "cancelled"}
         assert ("cancelled" in parts.values()) <= (request_id in cancelled)
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
-    assert not engine._groups and not engine._done and not engine.speculator.drafts._drafters
+    assert not engine.request_ids and not engine.has_work and not engine.speculator.drafts._drafters
     return engine.stats, len(cancelled)
 
 

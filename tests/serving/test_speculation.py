@@ -136,11 +136,11 @@ def test_speculation_stops_when_the_batch_grows(model):
     Halfway.target = engine
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     engine.generate([[5, 6, 7]], params)
-    alone = sum(chunk["drafted"] for record in engine.log[10:] for chunk in record.chunks) / len(engine.log[10:])
+    alone = sum(chunk.drafted for record in engine.log[10:] for chunk in record.chunks) / len(engine.log[10:])
     first = len(engine.log)
     engine.generate([[5, 6, i] for i in range(40, 80)], params)
     log = [record for record in engine.log[first + 25 :] if len(record.chunks) > 30]
-    crowded = sum(chunk["drafted"] for record in log for chunk in record.chunks) / sum(len(r.chunks) for r in log)
+    crowded = sum(chunk.drafted for record in log for chunk in record.chunks) / sum(len(r.chunks) for r in log)
     assert alone > 3 and crowded < 0.5
 
 
