@@ -229,9 +229,9 @@ class Engine:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[Delta]:
-        with self._turn():
-            group = self._output.add(request, None)
         try:
+            with self._turn():
+                group = self._output.add(request, None)
             while group.live or group.deltas:
                 while group.deltas:
                     yield group.deltas.popleft()
