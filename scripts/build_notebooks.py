@@ -26,7 +26,7 @@ SOURCE = ROOT / "notebooks" / "source"
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = _PROJECT["urls"]["Repository"]
 TAG = f"v{_PROJECT['version']}"
-CARDS = {"lesson.predict", "lesson.compare", "lesson.ledger", "lesson.course_ledger"}
+CARDS = {"lesson.predict", "lesson.compare", "lesson.ledger", "lesson.course_ledger", "lesson.claims", "lesson.source"}
 COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
