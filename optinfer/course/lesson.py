@@ -253,7 +253,9 @@ def _compared(guess: float, measured: float, even: float, spread: float) -> tupl
     guessed, found = side(guess, even, 0.0), side(measured, even, spread)
     level = f"no different from {_number(even)}"
     if found == "level" and spread:
-        return f"Within what this measurement can tell, it is {level}.", "good" if abs(guess - even) <= spread else "info"
+        return f"Within what this measurement can tell, it is {level}.", "good" if abs(
+            guess - even
+        ) <= spread else "info"
     if guessed != found and not (_close(guess, measured) and "level" in (guessed, found)):
         words = {"more": f"more than {_number(even)}", "less": f"less than {_number(even)}", "level": level}
         return f"The direction is another one: you said {words[guessed]}, it is {words[found]}.", "bad"
