@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import glossary
 import jupytext
 import nbformat
 import yaml
@@ -147,6 +148,9 @@ def build_lesson(path: Path) -> nbformat.NotebookNode:
     name, front = path.stem, Front.read(path)
     cells = lesson_cells(path)
     check_cards(cells, path)
+    prose = [cell for cell in cells if cell.cell_type == "markdown"]
+    for cell, text in zip(prose, glossary.link_first_uses([cell.source for cell in prose], name, "book/glossary.md")):
+        cell.source = text
     head = [nbformat.v4.new_markdown_cell(opening(name, front)), nbformat.v4.new_code_cell(set_up(name))]
     return finish([*head, *cells, nbformat.v4.new_markdown_cell(closing(name))], name)
 
