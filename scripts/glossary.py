@@ -29,6 +29,15 @@ def definitions() -> dict[str, str]:
     return found
 
 
+def definition_of(word: str) -> str | None:
+    """The definition of a word as it stands in a text, in the plural too; None if the glossary has none."""
+    word = " ".join(word.split())
+    for term in sorted(definitions(), key=len, reverse=True):
+        if (use := first_use(term, word)) and use.span() == (0, len(word)):
+            return definitions()[term]
+    return None
+
+
 def first_use(term: str, markdown: str) -> re.Match[str] | None:
     """Where prose uses a term, also in the plural; abbreviations and names as they are written, others in any case."""
     word = re.escape(term).replace(r"\ ", r"[ \n]") + r"(?:s|es)?"

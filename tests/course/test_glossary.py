@@ -67,3 +67,11 @@ def test_only_prose_counts():
     assert glossary.first_use("token", text).start() == text.rindex("tokens")
     assert glossary.first_use("AWQ", "awq is not AWQish, AWQ is").start() == 19
     assert glossary.first_use("KV cache", "the KV\ncache") and not glossary.first_use("page", "pager, home-page")
+
+
+def test_a_word_finds_its_definition_back():
+    for term, definition in glossary.definitions().items():
+        assert glossary.definition_of(term) == definition
+    assert glossary.definition_of("weights") == glossary.definitions()["weight"]
+    assert glossary.definition_of("Batches") == glossary.definitions()["batch"]
+    assert glossary.definition_of("elephant") is None
