@@ -139,6 +139,7 @@ def speculative(world):
         1.0: pick(world, (1.5, 2.5, 4.0), (0.8, 0.6, 0.4), (1.0, 1.02, 1.01), (3, 2, 1)),
     }
     return {
+        "partly_right": pick(world, [3], [], [1], [2]),
         "cost_of": {1: 1.0, 5: pick(world, 1.2, 5.0, 2.5, 0.7)},
         "modes": modes, "names": list(modes)[1:],
         "results": {kind: {n: {"speedup": g[i]} for n, g in gains.items()} for i, kind in enumerate(kinds)},
@@ -241,6 +242,7 @@ TRUTHS = [
     ("04_kv_cache", r"No kernel reads pages in place", lambda k: not any("loops" in r["peer"] for r in k["rows"])),
     ("04_kv_cache", r"even more than copying", lambda k: any("loops" in r["peer"] and r["over_contiguous"] > 3.2 for r in k["rows"])),
     ("05_speculative_decoding", r"more, not 400 %", lambda k: 0.95 <= k["cost_of"][5] < 2),
+    ("05_speculative_decoding", r"Step to pass", lambda k: bool(k["partly_right"])),
     ("05_speculative_decoding", r"speculation cannot pay", lambda k: k["cost_of"][5] >= 4),
     ("05_speculative_decoding", r"Prompt lookup: faster on copy", lambda k: k["results"]["copy"]["prompt lookup"]["speedup"] > 1.1),
     ("05_speculative_decoding", r"First 4 of 30 layers: slower on copy", lambda k: k["results"]["copy"]["first 4 of 30 layers"]["speedup"] < 0.9),
