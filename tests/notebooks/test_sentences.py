@@ -258,7 +258,7 @@ TRUTHS = [
     ("06_putting_it_together", r"No difference.*int4", lambda k: abs(ladder_gain(k, "int4") - 1) <= k["noise"]["int4 weights"]),
     ("06_putting_it_together", r"4-bit weights are slower", lambda k: k["latency"]["4 bits"] > 1.06 * k["latency"]["16 bits"]),
     ("06_putting_it_together", r"bytes are what this step waits for", lambda k: k["latency"]["16 bits"] > 1.06 * k["latency"]["4 bits"]),
-    ("06_putting_it_together", r"slows these four answers", lambda k: k["latency"]["4 bits, prompt lookup"] > 1.06 * k["latency"]["4 bits"]),
+    ("06_putting_it_together", r"slows these three answers", lambda k: k["latency"]["4 bits, prompt lookup"] > 1.06 * k["latency"]["4 bits"]),
     ("06_putting_it_together", r"Yes: .* share a step", lambda k: k["speeds"][2048] > 1.1 * k["speeds"][256]),
     ("06_putting_it_together", r"larger cache made it slower", lambda k: k["speeds"][2048] < 0.9 * k["speeds"][256]),
     ("06_putting_it_together", r"because eight requests share", lambda k: 8 / k["lean"] > 1.06 * 111 and 8 / k["lean"] < 8 * 111),
