@@ -264,7 +264,7 @@ TRUTHS = [
     ("06_putting_it_together", r"because eight requests share", lambda k: 8 / k["lean"] > 1.06 * 111 and 8 / k["lean"] < 8 * 111),
     ("06_putting_it_together", r"vLLM's CPU build was \S+ times as fast", lambda k: k["speed"][16, "vLLM"] > 1.06 * k["speed"][16, "optinfer"]),
     ("06_putting_it_together", r"found no fixed cost", lambda k: k["fixed"] <= 0),
-]  # fmt: skip  # noqa: E501
+]  # fmt: skip
 
 # Verdicts that the four worlds must get, in their order.
 LEDGER = {
