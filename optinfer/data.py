@@ -59,7 +59,16 @@ def prompts(kind: str) -> list[str]:
     return json.loads(path(f"prompts/{kind}.json").read_text(encoding="utf-8"))
 
 
-@functools.cache
 def claims() -> dict[int, str]:
     """The chapter's claims by number, each put to a measurement in one notebook."""
+    return {number: entry["claim"] for number, entry in _claims().items()}
+
+
+def claim_makers() -> dict[int, str]:
+    """Where each claim comes from: a paper, or who repeats it."""
+    return {number: entry["made_by"] for number, entry in _claims().items()}
+
+
+@functools.cache
+def _claims() -> dict[int, dict[str, str]]:
     return {int(k): v for k, v in json.loads(path("claims.json").read_text(encoding="utf-8")).items()}

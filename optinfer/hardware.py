@@ -27,7 +27,7 @@ def default_device() -> "torch.device":
 
 
 def capability(device: "torch.device") -> tuple[int, int] | None:
-    """The GPU's compute capability; None for a CPU. ``OPTINFER_CAPABILITY`` overrides, so that other GPUs' ways run."""
+    """The GPU's compute capability; None for a CPU. ``OPTINFER_CAPABILITY`` overrides, to take another GPU's path."""
     import torch
 
     if acting := acting_capability():

@@ -1,16 +1,19 @@
 """What the book needs beyond Jupyter Book: a Sphinx extension, named in book.yml.
 
 - figures get an alternative text, and a widget that a page without a kernel could not show fails the build;
+- a word that is linked to the glossary shows its definition under the mouse, as in JupyterLab;
 - badges become plain links, because a badge is an image from another server;
 - "open in Colab" leads to the release, "suggest edit" to the master that a notebook is made from;
 - what the theme leaves without a name, or out of reach of the keyboard, gets one;
 - docstrings, written for Python's help(), become reStructuredText.
 """
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+import glossary
 from build_notebooks import REPOSITORY, TAG
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -28,6 +31,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", check_widgets)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=100)  # before napoleon
     app.connect("html-page-context", correct_links, priority=900)
+    app.connect("html-page-context", explain_words, priority=900)
     app.connect("html-page-context", load_scripts_once, priority=900)
     app.connect("build-finished", name_controls)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
@@ -111,6 +115,21 @@ def docstring_to_rst(app: Sphinx, what: str, name: str, obj: object, options: An
                 lines.append("")  # a quotation, to reStructuredText
             indent = now
         lines.append(line)
+
+
+_WORD = re.compile(r'<a class="reference internal" (href="[^"]*book/glossary\.html")>(<span[^>]*>)?([^<]+)')
+
+
+def explain_words(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Give links to the glossary their definition as title again; Sphinx drops it where it resolves a link."""
+
+    def titled(match: re.Match[str]) -> str:
+        definition = glossary.definition_of(html.unescape(match[3]))
+        title = f' title="{html.escape(definition)}"' if definition else ""
+        return f'<a class="reference internal" {match[1]}{title}>{match[2] or ""}{match[3]}'
+
+    if context.get("body"):
+        context["body"] = _WORD.sub(titled, context["body"])
 
 
 def correct_links(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:

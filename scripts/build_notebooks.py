@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import glossary
 import jupytext
 import nbformat
 import yaml
@@ -26,8 +27,8 @@ SOURCE = ROOT / "notebooks" / "source"
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = _PROJECT["urls"]["Repository"]
 TAG = f"v{_PROJECT['version']}"
-CARDS = {"lesson.predict", "lesson.compare", "lesson.ledger", "lesson.course_ledger"}
-COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+CARDS = {"lesson.predict", "lesson.compare", "lesson.ledger", "lesson.course_ledger", "lesson.claims", "lesson.source"}
+COLAB_BADGE = "book/images/colab.svg"  # ours, in notebooks/: no picture from another server
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ def colab_url(notebook: str) -> str:
     return f"https://colab.research.google.com/github/{owner}/blob/{TAG}/notebooks/{notebook}.ipynb"
 
 
+def badge(notebook: str, to_notebooks: str) -> str:
+    """The badge that opens a notebook in Colab, for a page from which `to_notebooks` leads to the notebooks' folder."""
+    return f"[![Open in Colab]({to_notebooks}{COLAB_BADGE})]({colab_url(notebook)})"
+
+
 def opening(name: str, front: Front) -> str:
     goals = "\n".join(f"- {goal}" for goal in front.objectives)
     return (
         f"# {front.title}\n\n"
-        f"[![Open in Colab]({COLAB_BADGE})]({colab_url(name)})\n\n"
+        f"{badge(name, '../' if '/' in name else '')}\n\n"
         f"**You will be able to**\n\n{goals}\n\n"
         f"**Time** about {front.minutes} minutes · **Hardware** {front.hardware}"
     )
@@ -147,6 +153,9 @@ def build_lesson(path: Path) -> nbformat.NotebookNode:
     name, front = path.stem, Front.read(path)
     cells = lesson_cells(path)
     check_cards(cells, path)
+    prose = [cell for cell in cells if cell.cell_type == "markdown"]
+    for cell, text in zip(prose, glossary.link_first_uses([cell.source for cell in prose], name, "book/glossary.md")):
+        cell.source = text
     head = [nbformat.v4.new_markdown_cell(opening(name, front)), nbformat.v4.new_code_cell(set_up(name))]
     return finish([*head, *cells, nbformat.v4.new_markdown_cell(closing(name))], name)
 
@@ -299,7 +308,7 @@ def exercise_index() -> str:
             f"## {chapter.title}",
             "",
             f"[Exercises]({path.stem}.ipynb) · [solutions](../solutions/{path.stem}.ipynb) · "
-            f"[![Open in Colab]({COLAB_BADGE})]({colab_url('exercises/' + path.stem)})",
+            f"{badge('exercises/' + path.stem, '../')}",
             "",
             "| exercise | | difficulty | minutes | after |",
             "|---|---|---|---|---|",
@@ -338,9 +347,14 @@ def course_map() -> str:
         front, name = Front.read(path), path.stem
         rows.append(
             f"| [{front.title}](notebooks/{name}.ipynb) | {front.afterwards or front.objectives[-1]} | {front.minutes} "
-            f"| {front.hardware} | [![Open in Colab]({COLAB_BADGE})]({colab_url(name)}) |"
+            f"| {front.hardware} | {badge(name, 'notebooks/')} |"
         )
-    return "\n".join(rows)
+    from optinfer.course import exercises
+
+    reading = sum(Front.read(path).minutes for path in lessons()) / 60
+    practice = sum(exercise.minutes for exercise in exercises.every()) / 60
+    hours = f"About {reading:.0f} hours for the lessons and {practice:.0f} more for all the exercises."
+    return "\n".join([*rows, "", hours])
 
 
 def with_course_map(readme: str) -> str:

@@ -129,15 +129,15 @@ def test_predictions() -> None:
 
 def test_ledger() -> None:
     lesson = setup("00_start_here")
-    lesson.claim(9, "180 GB", holds=180 > 160)
-    lesson.claim(1, "140 GB", holds=torch.tensor(1.0).item() == 2.0, note="on paper")
+    lesson.claim(9, "180 GB", 180 > 160)
+    lesson.claim(1, "140 GB", verdict=torch.tensor(1.0).item() == 2.0, note="on paper")
     table = repr(lesson.ledger())
     assert table.index("140 GB") < table.index("180 GB")
-    assert "holds" in table and "does not hold — on paper" in table
+    assert "holds" in table and "does not hold: on paper" in table
     with pytest.raises(ValueError, match="number must be a claim from 1 to 14, not 15"):
-        lesson.claim(15, "", holds=True)
-    with pytest.raises(ValueError, match="holds must be"):
-        lesson.claim(1, "", holds="maybe")  # type: ignore[arg-type]
+        lesson.claim(15, "", True)
+    with pytest.raises(ValueError, match="verdict must be one of"):
+        lesson.claim(1, "", "maybe")  # type: ignore[arg-type]
 
 
 def test_cards_escape_html() -> None:

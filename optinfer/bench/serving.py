@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from optinfer import data, models
+from optinfer import cpu, data, models
 from optinfer.serving import Completion, Engine, SamplingParams
 
 SYSTEM_PROMPT = (
@@ -58,22 +58,29 @@ def _between(seconds: float, token_ids: list[int]) -> float | None:
 
 
 def make_trace(
-    tokenizer: Any, num_requests: int, rate: float | None = None, seed: int = 0, longest: int = 96
+    tokenizer: Any,
+    num_requests: int,
+    rate: float | None = None,
+    seed: int = 0,
+    longest: int = 96,
+    lengths: list[int] | None = None,
 ) -> list[TraceRequest]:
     """Chat, summary and rewriting prompts under one system prompt, with ragged output lengths of 8 to `longest`.
 
     Args:
         rate: Poisson arrivals per second; None: all at once.
+        lengths: the output length of each request, in place of random ones.
     """
     rng = random.Random(seed)
     texts = [text for kind in ("chat", "summarize", "rewrite") for text in data.prompts(kind)]
     trace, now = [], 0.0
-    for _ in range(num_requests):
+    for i in range(num_requests):
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": rng.choice(texts)}]
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         if rate is not None:
             now += rng.expovariate(rate)
-        trace.append(TraceRequest(list(tokens), rng.randint(8, longest), now))
+        length = rng.randint(8, longest) if lengths is None else lengths[i]
+        trace.append(TraceRequest(list(tokens), length, now))
     return trace
 
 
@@ -222,7 +229,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
             rows += throughput(model, trace_of(num_requests), rounds, vllm)
         rows += latency(model, trace_of(8 if quick else 32, rate=2.0), vllm)
-    quantized = optinfer.quantize(copy.deepcopy(model), "int8", progress=False)
+    quantized = optinfer.quantize(copy.deepcopy(model), "int4", progress=False)
     return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96)
 
 
@@ -339,43 +346,72 @@ def _memory(engine: Engine) -> dict[str, int]:
     }
 
 
-def ladder(model: Any, quantized: Any, trace: list[TraceRequest], num_blocks: int = 256) -> list[dict[str, Any]]:
+def ladder(
+    model: Any, quantized: Any, trace: list[TraceRequest], num_blocks: int = 256, rounds: int = 1
+) -> list[dict[str, Any]]:
     """The same trace and the same KV memory, with one idea more on each rung.
 
-    Without paging every request reserves the longest context of the trace, so fewer run at once.
+    The first rungs run the formulas of a textbook over copied pages. Without paging every request reserves the longest
+    context of the trace, so fewer run at once. The rungs take turns, after a warm-up of each; ``seconds`` is the median
+    and ``spread`` the largest distance from it, as a share.
 
     Args:
         quantized: the same model with quantized weights; None leaves that rung out.
     """
     longest = max(len(request.token_ids) + request.max_tokens for request in trace)
     reserved = max(1, num_blocks * 16 // longest)
+    compiled = cpu.kernels() is not None if model.device.type == "cpu" else True
+    naive = {"attention_backend": "reference"}
     rungs: list[tuple[str, Any, dict[str, Any]]] = [
-        ("static batches", model, {"policy": "static", "prefix_caching": False, "max_num_seqs": reserved}),
-        ("+ continuous batching", model, {"prefix_caching": False, "max_num_seqs": reserved}),
-        ("+ paging, prefix cache", model, {}),
+        (
+            "static batches",
+            model,
+            naive | {"policy": "static", "prefix_caching": False, "max_num_seqs": reserved},
+        ),
+        ("+ continuous batching", model, naive | {"prefix_caching": False, "max_num_seqs": reserved}),
+        ("+ paging, prefix cache", model, naive),
     ]
+    if model.device.type == "cpu":
+        rungs.append(("+ flash attention", model, {"attention_backend": "sdpa"}))
+        if compiled:
+            rungs.append(("+ compiled steps", model, {}))
+    else:
+        rungs.append(("+ flash attention", model, {}))
     if quantized is not None:
-        rungs.append(("+ int8 weights", quantized, {}))
+        name = getattr(getattr(quantized.config, "quantization_config", None), "scheme", "quantized")
+        rungs.append((f"+ {name} weights", quantized, {}))
     rungs.append(("+ prompt lookup", quantized if quantized is not None else model, {"draft": "prompt_lookup"}))
-    rows = []
-    for name, which, options in rungs:
-        engine = Engine(which, num_blocks=num_blocks, max_batched_tokens=512, **options)
-        start = time.perf_counter()
-        done = run_engine(engine, trace)
-        seconds = time.perf_counter() - start
-        rows.append(
-            {
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in rungs}
+    rows = {}
+    for _, which, options in rungs:
+        run_engine(_rung(which, num_blocks, options), [TraceRequest(trace[0].token_ids, 2)])
+    for turn in range(rounds):
+        for name, which, options in rungs[turn % len(rungs) :] + rungs[: turn % len(rungs)]:
+            engine = _rung(which, num_blocks, options)
+            start = time.perf_counter()
+            done = run_engine(engine, trace)
+            seconds[name].append(time.perf_counter() - start)
+            rows[name] = {
                 "suite": "ladder",
                 "peer": "optinfer",
                 "rung": name,
                 "requests": len(trace),
-                "seconds": seconds,
-                "tokens_per_second": sum(len(c.token_ids) for c in done) / seconds,
                 "ttft_p50": median(c.metrics.time_to_first_token or 0.0 for c in done),
                 "steps": engine.stats.steps,
                 "computed_tokens": engine.stats.computed_tokens,
                 "preemptions": engine.stats.preemptions,
                 "accepted_tokens": engine.stats.accepted_tokens,
+                "output_tokens": sum(len(c.token_ids) for c in done),
             }
-        )
-    return rows
+    for name, times in seconds.items():
+        middle = median(times)
+        rows[name] |= {
+            "seconds": middle,
+            "spread": max(abs(t / middle - 1) for t in times),
+            "tokens_per_second": rows[name]["output_tokens"] / middle,
+        }
+    return [rows[name] for name, _, _ in rungs]
+
+
+def _rung(model: Any, num_blocks: int, options: dict[str, Any]) -> Engine:
+    return Engine(model, num_blocks=num_blocks, **{"max_batched_tokens": 512, **options})

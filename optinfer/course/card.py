@@ -9,12 +9,13 @@ _TONES = {
     "good": ("#009E73", "✓ "),
     "bad": ("#D55E00", "✗ "),
     "note": ("#6E6E6E", ""),
+    "said": ("", ""),  # an ordinary sentence of the lesson
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """A title, a few lines, and a tone: ``info``, ``good``, ``bad`` or ``note``. Lines may hold ``code`` in backticks."""
+    """A title, a few lines, and a tone: ``info``, ``good``, ``bad``, ``note`` or ``said``. Lines hold `code` in backticks."""
 
     title: str
     lines: tuple[str, ...] = ()
@@ -28,6 +29,8 @@ class Card:
         return "\n".join([_TONES[self.tone][1] + self.title, *(f"  {line}" for line in self.lines)])
 
     def _repr_html_(self) -> str:
+        if self.tone == "said":
+            return f"<p>{_inline(self.title)}</p>"
         color, mark = _TONES[self.tone]
         body = "".join(f"<div>{_inline(line)}</div>" for line in self.lines)
         return (
@@ -68,3 +71,18 @@ class Table:
             else ""
         )
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A text that opens on a click in a notebook, such as source code; in a console it is printed whole."""
+
+    title: str
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.title}\n\n{self.text}"
+
+    def _repr_html_(self) -> str:
+        body = html.escape(self.text)
+        return f"<details><summary>{_inline(self.title)}</summary><pre><code>{body}</code></pre></details>"

@@ -263,31 +263,34 @@ def _is_in_a_layer(frame: FrameType) -> bool:
 # ------------------------------------------------------------------------------------------------------ diagnosis
 @dataclass(frozen=True)
 class _Diagnosis:
-    """A misconception whose wrong answer does the same, the input to show, and whether it explains most of the errors."""
+    """A misconception whose wrong answer does the same, the input to show, and whether it alone explains all errors."""
 
     wrong: Wrong
     input: int
-    mostly: bool
+    alone: bool
 
 
 def diagnose(run: _Run) -> _Diagnosis | None:
-    """The misconception whose wrong answer fails like this one: on half of the failing inputs, or at least on one.
+    """The misconception whose wrong answer fails like this one.
 
-    A wrong answer explains nothing where it is right itself, and it is less likely where it fails and the reader does not.
+    It is named as the cause only if it explains every failing input, at least two of them, fails nowhere else, and no
+    other does the same. Otherwise the one that explains most is mentioned, if it comes to the reader's values at all.
     """
-    best: tuple[float, list[int], Wrong] | None = None
-    some: tuple[float, list[int], Wrong] | None = None
+    found = []
     for wrong in run.exercise.wrong:
         explained, contradicted = _explained(run, wrong)
-        found = (len(explained) - contradicted, explained, wrong)
-        if explained and found[0] > (best[0] if best else 0):
-            best = found
-        values = [i for i in explained if run.outcomes[i].error is None]
-        if values and (some is None or len(values) > some[0]):
-            some = (len(values), values, wrong)
-    if best is not None and 2 * best[0] >= len(run.failed):
-        return _Diagnosis(best[2], best[1][0], True)
-    return _Diagnosis(some[2], some[1][0], False) if some is not None else None
+        if explained:
+            found.append((len(explained) - contradicted, explained, wrong))
+    if not found:
+        return None
+    score, explained, wrong = max(found, key=lambda entry: entry[0])  # the first of equals
+    whole = [entry for entry in found if entry[0] == len(run.failed)]
+    if len(whole) == 1 and len(run.failed) >= 2:
+        return _Diagnosis(wrong, explained[0], True)
+    values = [i for i in explained if run.outcomes[i].error is None]
+    if values or 2 * score >= len(run.failed):
+        return _Diagnosis(wrong, (values or explained)[0], False)
+    return None
 
 
 def _explained(run: _Run, wrong: Wrong) -> tuple[list[int], int]:
@@ -402,11 +405,18 @@ def _failed(run: _Run) -> Result:
     if outcome.error is None:
         lines.append(f"Got: {show(outcome.value)}")
     lines.append(f"Difference: {found.text}.")
-    if told is not None and told.mostly:
+    if told is not None and told.alone:
         lines.append(f"This usually means: {told.wrong.name}. {told.wrong.meaning}")
     elif told is not None:
-        lines.append(f"This result also comes out of a common mistake: {told.wrong.name}. {told.wrong.meaning}")
-    elif outcome.error is None and _is_input(outcome.value, run.inputs[at].args):
+        lines.append(
+            "The same result comes out of a common mistake, which may or may not be yours: "
+            f"{told.wrong.name}. {told.wrong.meaning}"
+        )
+    elif (
+        outcome.error is None
+        and all(_is_input(run.outcomes[i].value, run.inputs[i].args) for i in run.failed)
+        and len(run.failed) > 1
+    ):
         lines.append("The input came back unchanged.")
     else:
         lines.append(_clue(run))
@@ -474,7 +484,8 @@ def check(exercise_id: str, answer: Any, seed: int = 0) -> Result:
         seed: of the random inputs.
 
     Returns:
-        A Result: true if everything passed; shown as a card in a notebook, as plain text in a console.
+        A Result: true if everything passed; shown as a card in a notebook, as plain text in a console. A plain
+        script prints it.
 
     Raises:
         AssertionError: only under nbgrader, which takes an exception in a test cell for zero points.
@@ -490,9 +501,17 @@ def check(exercise_id: str, answer: Any, seed: int = 0) -> Result:
         result = evaluate(exercise, answer, seed)
         records.record(result)
     _submitted[str(exercise_id)] = answer
+    if _in_a_plain_script():
+        print(result)
     if os.environ.get("NBGRADER_EXECUTION") == "autograde" and not result:
         raise AssertionError(result.message)
     return result
+
+
+def _in_a_plain_script() -> bool:
+    """Nobody shows the value of an expression there: neither a notebook nor a prompt."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is None and not hasattr(sys, "ps1") and not sys.flags.interactive
 
 
 # What this session checked last, by id: `optinfer grade` asks for it after running a notebook.

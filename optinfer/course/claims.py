@@ -18,7 +18,7 @@ LESSONS = {
     6: "03_flash_attention",
     7: "03_flash_attention",
     8: "03_flash_attention",
-    9: "04_kv_cache",
+    9: "06_putting_it_together",
     10: "04_kv_cache",
     11: "05_speculative_decoding",
     12: "05_speculative_decoding",
@@ -60,6 +60,15 @@ def table() -> Table:
         measured = entry.get("measured") or f"not yet: run lesson {LESSONS[number]}"
         rows.append((str(number), claim, measured, entry.get("where", ""), entry.get("verdict", "")))
     return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
+
+
+def listed() -> Table:
+    """The claims up front: what is said, who says it, and the lesson that measures it."""
+    from optinfer import data
+
+    makers = data.claim_makers()
+    rows = [(str(n), claim, makers[n], LESSONS[n][:2].lstrip("0")) for n, claim in data.claims().items()]
+    return Table(("#", "claim", "made by", "measured in lesson"), tuple(rows))
 
 
 def _path() -> Any:

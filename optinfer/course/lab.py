@@ -26,7 +26,8 @@ def notebooks_folder(folder: str | os.PathLike[str] | None = None) -> Path:
     if (data.root() / "pyproject.toml").is_file():
         return installed
     mine = Path.cwd() / "optinfer-course"
-    for source in sorted(installed.rglob("*.ipynb")):
+    beside = ("*.ipynb", "book/glossary.md", "book/images/colab.svg")  # what the notebooks show and link to
+    for source in sorted(path for pattern in beside for path in installed.rglob(pattern)):
         target = mine / source.relative_to(installed)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
@@ -45,9 +46,11 @@ def open_lab(folder: str | os.PathLike[str] | None = None, browser: bool = True,
     if importlib.util.find_spec("jupyterlab") is None:
         raise OptinferError("JupyterLab is not installed; install it with: pip install 'optinfer[lab]'")
     notebooks = notebooks_folder(folder)
-    command = [sys.executable, "-m", "jupyter", "lab", str(notebooks / FIRST), f"--port={port}"]
+    command = [sys.executable, "-m", "jupyter", "lab", f"--port={port}"]
     command += [
         f"--ServerApp.root_dir={notebooks}",
+        f"--LabApp.default_url=/lab/tree/{FIRST}",  # also the address that is printed without a browser
+        f"--LabApp.app_settings_dir={Path(__file__).with_name('jupyter')}",  # no question about news over the lesson
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]

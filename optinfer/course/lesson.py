@@ -2,26 +2,21 @@
 
 import datetime
 import importlib.metadata
+import inspect
 import platform
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from optinfer.course import claims
-from optinfer.course.card import Card, Table
+from optinfer.course.card import Card, Folded, Table
+from optinfer.course.verdicts import VERDICTS, Verdict, side
 
 if TYPE_CHECKING:
     import torch
 
     from optinfer.hardware import Machine
 
-Verdict = bool | Literal["partly"] | None
-_VERDICTS: dict[Any, str] = {
-    True: "holds",
-    False: "does not hold",
-    "partly": "holds in part",
-    None: "not measured here",
-}
 _SHOWN = ("torch", "transformers", "triton", "bitsandbytes")
 
 
@@ -30,8 +25,12 @@ class _LedgerLine:
     claim: int
     measured: str
     where: str
-    verdict: str
+    verdict: Verdict
     note: str
+
+    @property
+    def said(self) -> str:
+        return ": ".join(filter(None, (self.verdict, self.note)))
 
 
 @dataclass
@@ -64,8 +63,14 @@ class Lesson:
         self._guesses[name] = (float(value), unit)
         return Card(f"Your prediction for {name}: {_number(value)} {unit}".rstrip(), tone="note")
 
-    def compare(self, guess: str | float, measured: float, unit: str = "") -> Card:
-        """Show a guess, or the prediction kept under a name, beside what was measured.
+    def compare(
+        self, guess: str | float, measured: float, unit: str = "", even: float | None = None, spread: float = 0.0
+    ) -> Card:
+        """Show a guess, or the prediction kept under a name, beside what was measured: the direction first, then the size.
+
+        Args:
+            even: where the direction turns; default 1 where the unit says "times", else 0.
+            spread: how far the measured value may be off.
 
         Raises:
             KeyError: no prediction was made under that name.
@@ -75,16 +80,49 @@ class Lesson:
                 raise KeyError(f"no prediction named {guess!r}; predicted so far: {', '.join(self._guesses) or 'none'}")
             guess, kept_unit = self._guesses[guess]
             unit = unit or kept_unit
+        even = even if even is not None else 1.0 if "times" in unit else 0.0
         title = f"You said {_number(guess)} {unit}, it is {_number(measured)} {unit}".replace(" ,", ",").rstrip()
-        return Card(title, (_how_far(guess, measured),), tone="good" if _close(guess, measured) else "info")
+        line, tone = _compared(guess, measured, even, spread)
+        return Card(title, (line,), tone=tone)
 
-    def claim(self, number: int, measured: str, holds: Verdict, note: str = "", where: str = "") -> None:
+    def say(self, *cases: tuple[bool, str] | str) -> None:
+        """Say the first sentence whose condition holds. A sentence alone, at the end, is said where no other was.
+
+        Conditions are made from measured values, with `side` and `judge` of `optinfer.course.verdicts` where there is
+        noise, so that the words cannot contradict the numbers above them.
+
+        Raises:
+            TypeError: a case is neither a sentence nor a condition and a sentence.
+        """
+        for case in cases:
+            when, sentence = (True, case) if isinstance(case, str) else case
+            if not isinstance(sentence, str):
+                raise TypeError(f"a case is (condition, sentence) or a sentence, not {case!r}")
+            if when:
+                self._show(Card(sentence, tone="said"))
+                return
+
+    def source(self, *functions: Any, title: str = "") -> Folded:
+        """The source of functions or Triton kernels, one after the other, folded until the reader opens it."""
+        plain = [getattr(function, "fn", function) for function in functions]
+        names = ", ".join(f"`{function.__name__}`" for function in plain)
+        return Folded(title or f"Read {names}", "\n\n".join(inspect.getsource(function).rstrip() for function in plain))
+
+    def _show(self, card: Card) -> None:
+        from IPython.display import display
+
+        display(card)
+
+    def claim(
+        self, number: int, measured: str, verdict: Verdict | bool | None, note: str = "", where: str = ""
+    ) -> None:
         """Enter a measurement in the ledger.
 
         Args:
             number: the claim's number, 1 to 14.
             measured: a short sentence made from measured values.
-            holds: True, False, ``"partly"``, or None when this machine cannot say; computed from the measurement.
+            verdict: ``"holds"``, ``"in part"``, ``"does not hold"`` or ``"not tested here"``, computed from the
+                measurement; True, False and None stand for the first, the third and the last.
             note: what the verdict depends on.
             where: where the figure comes from when that is not this machine, such as a recording's caption.
 
@@ -95,29 +133,31 @@ class Lesson:
 
         if number not in data.claims():
             raise ValueError(f"number must be a claim from 1 to {max(data.claims())}, not {number!r}")
-        verdict = bool(holds) if type(holds).__name__ in ("bool", "bool_") else holds
-        if verdict not in _VERDICTS:
-            raise ValueError(f"holds must be True, False, 'partly' or None, not {holds!r}")
+        if verdict is None:
+            verdict = "not tested here"
+        elif type(verdict).__name__ in ("bool", "bool_"):
+            verdict = "holds" if verdict else "does not hold"
+        if verdict not in VERDICTS:
+            raise ValueError(
+                f"verdict must be one of {', '.join(map(repr, VERDICTS))}, or a bool or None, not {verdict!r}"
+            )
         where = where or f"{self.device_name()}, {datetime.date.today().isoformat()}"
-        self._ledger[number] = line = _LedgerLine(number, measured, where, _VERDICTS[verdict], note)
-        said = " — ".join(filter(None, (line.verdict, note)))
-        claims.record(number, lesson=self.name, measured=measured, verdict=said, where=where)
+        self._ledger[number] = line = _LedgerLine(number, measured, where, verdict, note)
+        claims.record(number, lesson=self.name, measured=measured, verdict=line.said, where=where)
 
     def ledger(self) -> Table:
         """The claims of this lesson: what was said, what was measured, on what, and the verdict."""
         from optinfer import data
 
         rows = [
-            (
-                str(line.claim),
-                data.claims()[line.claim],
-                line.measured,
-                line.where,
-                " — ".join(filter(None, (line.verdict, line.note))),
-            )
+            (str(line.claim), data.claims()[line.claim], line.measured, line.where, line.said)
             for line in sorted(self._ledger.values(), key=lambda line: line.claim)
         ]
         return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
+
+    def claims(self) -> Table:
+        """The fourteen claims of the course: who makes them, and where they are measured."""
+        return claims.listed()
 
     def course_ledger(self) -> Table:
         """The claims of all lessons, as far as they were run on this computer."""
@@ -208,14 +248,26 @@ def _close(guess: float, measured: float) -> bool:
     return guess == measured or (guess * measured > 0 and 0.8 <= guess / measured <= 1.25)
 
 
-def _how_far(guess: float, measured: float) -> str:
-    if _close(guess, measured):
-        return "Within a quarter of it."
+def _compared(guess: float, measured: float, even: float, spread: float) -> tuple[str, str]:
+    """What to say about a guess, and the card's tone. A right size on the wrong side of even is a wrong guess."""
+    guessed, found = side(guess, even, 0.0), side(measured, even, spread)
+    level = f"no different from {_number(even)}"
+    if found == "level" and spread:
+        return f"Within what this measurement can tell, it is {level}.", "good" if abs(
+            guess - even
+        ) <= spread else "info"
+    if guessed != found and not (_close(guess, measured) and "level" in (guessed, found)):
+        words = {"more": f"more than {_number(even)}", "less": f"less than {_number(even)}", "level": level}
+        return f"The direction is another one: you said {words[guessed]}, it is {words[found]}.", "bad"
+    right = "The direction is right" if even else ""
+    if _close(guess, measured) or abs(guess - measured) <= spread:
+        return (f"{right}, and the size within a quarter." if right else "Within a quarter of it."), "good"
     if guess * measured <= 0:
-        return f"Off by {_number(abs(guess - measured))}."
+        return f"Off by {_number(abs(guess - measured))}.", "info"
     ratio = measured / guess
-    return (
+    size = (
         f"The measurement is {_number(ratio)} times your guess."
         if ratio > 1
         else f"Your guess is {_number(1 / ratio)} times the measurement."
     )
+    return " ".join(filter(None, (right and right + ".", size))), "info"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "activation_outliers",
+    "compensation",
     "instructions_per_weight",
     "ladder",
     "number_lines",
@@ -30,10 +31,9 @@ def number_lines(names: tuple[str, ...] = ("FP8 E4M3", "FP8 E5M2", "INT8", "INT4
     fig, ax = plots.figure(height=0.5 + 0.5 * len(names))
     for row, name in enumerate(names):
         values = FORMATS[name].values() / FORMATS[name].max
-        values = values[np.abs(values) <= 1]
         ax.vlines(values, row - 0.3, row + 0.3, color=plots.CYCLE[row % len(plots.CYCLE)], lw=1)
     ax.set_yticks(range(len(names)), [f"{n} · {len(FORMATS[n].values())} values" for n in names])
-    ax.set(xlabel="value / largest value", xlim=(-1.02, 1.02))
+    ax.set(xlabel="value / largest value", xlim=(-1.17, 1.02))  # integers reach one step further below
     ax.invert_yaxis()
     ax.grid(False)
     return fig
@@ -101,6 +101,37 @@ def scheme_quality(rows: list[dict[str, Any]]) -> Figure:
     return fig
 
 
+def compensation(hessian: Tensor, error: float = 0.6) -> Figure:
+    """The output error of two weights as a valley, and where the second weight goes when the first is rounded.
+
+    Args:
+        hessian: ``[2, 2]``, of two inputs.
+        error: what rounding did to the first weight.
+    """
+    h = hessian.double()
+    fig, ax = plots.figure(width=6.0, height=3.6)
+    axis = np.linspace(-1, 1, 101)
+    first, second = np.meshgrid(axis, axis)
+    output = h[0, 0].item() * first**2 + 2 * h[0, 1].item() * first * second + h[1, 1].item() * second**2
+    ax.contour(first, second, output, levels=8, colors=plots.COLORS["gray"], linewidths=0.7)
+    best = -(h[0, 1] / h[1, 1]).item() * error
+    ax.axvline(error, color=plots.COLORS["gray"], ls="--", lw=1)
+    for y, label, color in (
+        (0.0, "nearest: leave the second alone", "red"),
+        (best, "GPTQ: move it to the valley's floor", "blue"),
+    ):
+        ax.plot(error, y, "o", color=plots.COLORS[color], label=label)
+    ax.annotate("", (error, best), (error, 0), arrowprops={"arrowstyle": "->", "color": plots.COLORS["blue"]})
+    ax.plot(0, 0, "k+")
+    ax.set(
+        xlabel="error of the first weight (rounded: given)",
+        ylabel="error of the second\n(free)",
+        title="lines of equal output error",
+    )
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.55), fontsize=8)
+    return fig
+
+
 def instructions_per_weight(counts: dict[str, float], budgets: dict[str, float]) -> Figure:
     """Instructions that each kernel spends on a weight, and what a GPU can spend while its memory brings one.
 
@@ -117,23 +148,26 @@ def instructions_per_weight(counts: dict[str, float], budgets: dict[str, float])
 
 
 def ladder(lines: dict[str, dict[int, tuple[float, float]]], full: float) -> Figure:
-    """Perplexity over bits per weight, one line a method.
+    """Perplexity of each method, one panel for each number of bits with an axis of its own: 2 bits would hide 4.
 
     Args:
         lines: method -> bits -> (perplexity, its standard error).
         full: perplexity of the unquantized model, drawn dashed.
     """
-    fig, ax = plots.figure(height=3.8)
-    for (name, points), color, marker in zip(lines.items(), plots.CYCLE * 2, "osD^vPX*"):
-        bits = sorted(points)
-        values, errors = zip(*(points[b] for b in bits))
-        ax.errorbar(bits, values, yerr=errors, fmt=f"{marker}-", ms=5, lw=1.2, capsize=3, color=color, label=name)
-    ax.axhline(full, color=plots.COLORS["gray"], ls="--", lw=1, label="16 bits")
-    ax.set(xlabel="bits per weight", ylabel="perplexity", yscale="log")
-    ax.set_xticks(sorted({b for points in lines.values() for b in points}))
-    ax.invert_xaxis()
-    ax.margins(x=0.1)
-    ax.legend(ncols=2)
+    bits = sorted({b for points in lines.values() for b in points}, reverse=True)
+    fig, axes = plots.figure(width=8.6, height=1.2 + 0.34 * len(lines), ncols=len(bits), sharey=True)
+    for ax, b in zip(np.atleast_1d(axes), bits):
+        for row, (points, color) in enumerate(zip(lines.values(), plots.CYCLE * 2)):
+            if b in points:
+                value, error = points[b]
+                ax.errorbar(value, row, xerr=error, fmt="o", ms=5, capsize=3, color=color)
+        ax.axvline(full, color=plots.COLORS["gray"], ls="--", lw=1, label="16 bits")
+        shown = [points[b][0] for points in lines.values() if b in points]
+        ax.set(title=f"{b} bits", xlabel="perplexity", xscale="log" if max(shown) > 10 * min(shown) else "linear")
+    first = np.atleast_1d(axes)[0]
+    first.set_yticks(range(len(lines)), list(lines))
+    first.invert_yaxis()
+    first.legend(fontsize=8)
     return fig
 
 

@@ -80,9 +80,7 @@ def dequantize_4bit(q: QuantizedTensor) -> Tensor:
 
 
 def nest(absmax: Tensor) -> NestedScale:
-    """Quantize the absmax values themselves (double quantization): 8-bit codes of ``absmax - mean``, blocks
-    of 256.
-    """
+    """Quantize the absmax values themselves (double quantization): 8-bit codes of ``absmax - mean`` in blocks of 256."""
     offset = absmax.mean()
     values = absmax - offset
     pad = -len(values) % NestedScale.BLOCK
@@ -134,9 +132,7 @@ def _bin(scaled: Tensor) -> Tensor:
 
 @cache
 def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For each bin: the level of values up to the threshold, and the threshold: the midpoint inside, or
-    infinity.
-    """
+    """For each bin its threshold (the midpoint inside it, or infinity), and the level of the values up to it."""
     midpoints, order = _boundaries(quant_type, device)
     middle_bins = _bin(midpoints).long()
     bins = torch.arange(2 * BINS + 1, device=device)

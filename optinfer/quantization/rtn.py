@@ -14,10 +14,11 @@ BITS = (2, 3, 4, 8)
 
 
 def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
-    """Columns that share a scale: a positive int; ``"channel"`` (or -1) is a row, ``"tensor"`` (or None)
-    everything.
+    """How many columns share a scale: 0 for the whole tensor.
 
-    Returns the number of columns for a group or a row, and 0 for the whole tensor.
+    Args:
+        group_size: a positive int; ``"channel"`` or -1: a row; ``"tensor"`` or None: everything.
+        shape: of the weight.
     """
     if group_size in ("tensor", None):
         return 0

@@ -191,7 +191,7 @@ class Speculator:
         for sequence in sequences:
             if not self.adaptive or sequence.acceptance > needed:
                 chosen.append(sequence)
-            else:  # forget slowly why not: texts change
+            else:  # forget slowly what did not pay: texts change
                 sequence.acceptance += 0.02 * (PRIOR - sequence.acceptance)
         if not chosen:
             return {}

@@ -131,6 +131,7 @@ function render({ model, el }) {
   const onStep = () => paint();
   model.on("change:step", onStep);
   el.append(root);
+  requestAnimationFrame(paint); // only now the charts have a width to scroll in
   return () => { if (timer) clearInterval(timer); model.off("change:step", onStep); };
 }
 

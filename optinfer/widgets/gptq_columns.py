@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class GptqColumns(StaticWidget):
     """One frame per rounded column.
 
-    Frame ``i``: ``weights`` ``[out][in]`` after column ``i`` is rounded and its error passed on, ``moved`` what that
-    added to each weight, ``error`` the output's error so far, ``nearest`` the same for round to nearest.
+    Frame ``i``: ``weights`` ``[out][in]`` after column ``i`` is rounded and its error passed on; ``moved``, what that
+    added to each weight; ``shares``, what a rounding error of 1 in column ``i`` adds to each later column (row ``i`` of
+    the Cholesky factor of the inverse Hessian, over its diagonal); ``error``, the output's error so far; ``nearest``,
+    the same for round to nearest.
     """
 
     _esm = pathlib.Path(__file__).parent / "gptq_columns.js"
@@ -52,6 +54,7 @@ class GptqColumns(StaticWidget):
                 {
                     "weights": w.tolist(),
                     "moved": (w - before).tolist(),
+                    "shares": (-factor[i] / factor[i, i]).tolist(),
                     "error": _error(original - w, hessian),
                     "nearest": _error(torch.cat([(original - nearest)[:, : i + 1], 0 * w[:, i + 1 :]], 1), hessian),
                 }

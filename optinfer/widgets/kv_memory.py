@@ -4,7 +4,7 @@ from pathlib import Path
 
 import traitlets
 
-from optinfer.kv_cache import BlockManager, replay
+from optinfer.kv_cache import BlockManager, OutOfBlocks, replay
 from optinfer.widgets.base import StaticWidget
 
 # Token ids 0 to 7 are the system prompt; the others are words for questions and answers.
@@ -100,13 +100,18 @@ def demo_manager() -> BlockManager:
     m.free("A")
     m.allocate("D", ids("the sun is low so the light is red why is the red light most at time one"))
     m.append("C", ids("grow so"))
-    m.preempt("D")  # somebody more urgent comes
-    m.allocate("E", ids("why do short waves help pages and how is the memory more kind at low sun time is no hole"))
-    m.append("E", ids("? so token"))
+    late = ids("why do short waves help pages and how is the memory more kind at low sun time is no hole")
+    m.allocate("E", late)  # now every page is taken
+    try:
+        m.append("B", ids("token"))
+    except OutOfBlocks:
+        m.preempt("E")  # who came last gives way
+        m.append("B", ids("token"))
     m.free("B")
-    m.allocate("D", ids("the sun is low so the light is red why is the red light most at time one"))  # back again
-    m.free("E")
+    m.allocate("E", late)  # back again, and most of it is still there
+    m.append("E", ids("? so token"))
+    m.free("D")
     m.allocate("F", ids("one more red token at a time so the sky is no more blue and low light scatters how so"))
-    m.append("D", ids("sun"))
+    m.append("E", ids("sun"))
     m.free("C")
     return m

@@ -26,16 +26,16 @@ def lesson(name):
 def test_the_ledger_reads_what_lessons_recorded():
     assert all("run lesson" in row[2] and not row[4] for row in claims.table().rows)
     lesson("04_kv_cache").claim(10, "2.9 % wasted", True, "one trace")
-    lesson("04_kv_cache").claim(10, "3.1 % wasted", "partly")
+    lesson("04_kv_cache").claim(10, "3.1 % wasted", "in part")
     rows = {row[0]: row for row in lesson("06_putting_it_together").course_ledger().rows}
     assert list(rows) == [str(number) for number in data.claims()]
-    assert rows["10"][2] == "3.1 % wasted" and rows["10"][4] == "holds in part" and "cores" in rows["10"][3]
+    assert rows["10"][2] == "3.1 % wasted" and rows["10"][4] == "in part" and "cores" in rows["10"][3]
     assert rows["11"][2] == "not yet: run lesson 05_speculative_decoding"
 
 
 def test_a_recording_keeps_its_own_machine_and_a_later_lesson_its_word():
-    lesson("02_calibrated_quantization").claim(3, "67 % of the gap", "partly", where="recorded on EPYC, 2026-01-01")
-    lesson("04_kv_cache").claim(9, "8 times the batch", "partly")
+    lesson("02_calibrated_quantization").claim(3, "67 % of the gap", "in part", where="recorded on EPYC, 2026-01-01")
+    lesson("04_kv_cache").claim(9, "8 times the batch", "in part")
     early = lesson("00_start_here")
     early.claim(9, "it grows", True)
     rows = {row[0]: row for row in early.course_ledger().rows}

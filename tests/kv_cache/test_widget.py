@@ -186,8 +186,15 @@ def test_the_demo_has_every_beat():
     assert {"BlockHit", "BlockCopied", "SequenceForked"} <= set(types)
     assert any(record.get("evicted") for record in records)
     assert any(record.get("preempted") for record in records)
-    resumed = [r for r in records if r["type"] == "SequenceAllocated" and r["seq_id"] == "D"]
+    resumed = [r for r in records if r["type"] == "SequenceAllocated" and r["seq_id"] == "E"]
     assert len(resumed) == 2 and resumed[1]["num_cached_tokens"] > 0  # recompute finds some of it again
+
+
+def test_the_demo_preempts_only_when_every_page_is_taken():
+    m = demo_manager()
+    for i, event in enumerate(m.events):
+        if type(event).__name__ == "SequenceFreed" and event.preempted:
+            assert not replay(m.events[:i], 16).free_queue
 
 
 def test_summary_and_page_without_a_kernel():

@@ -58,6 +58,7 @@ def _softmax_cases(draw: Draw) -> Iterator[Case]:
     yield case("scores around 1000", 1000 + 3 * draw.normal(3, 4))
     yield case("scores around -1000", -1000 + draw.normal(3, 7))
     yield case("rows of different size", draw.normal(4, 6) + torch.tensor([[0.0], [80.0], [-90.0], [700.0]]))
+    yield case("from -100 to 100 in one row", torch.tensor([[-100.0, 0.0, 99.0, 100.0], [100.0, -100.0, 1.0, 2.0]]))
     yield case("some masked", torch.where(draw.uniform(5, 9) < 0.4, -INF, draw.normal(5, 9)))
     yield case("a row masked everywhere", torch.tensor([[1.0, 2.0], [-INF, -INF]]))
     yield case("not contiguous", draw.normal(6, 3, strided=True))
@@ -374,6 +375,8 @@ def _merge_cases(draw: Draw) -> Iterator[Case]:
     yield case("an empty part", draw.normal(3, 2, 4), empty)
     yield case("a row that saw nothing", draw.normal(2, 2, 3), torch.tensor([[0.5, -INF], [1.5, -INF]]))
     yield case("one part", draw.normal(1, 5, 2), draw.normal(1, 5))
+    yield case("rows of very different size", draw.normal(2, 2, 3), torch.tensor([[300.0, 0.0], [299.0, 1.0]]))
+    yield case("log-sum-exps 300 and 0 in one row", draw.normal(2, 1, 3), torch.tensor([[300.0], [0.0]]))
 
 
 MERGE = Exercise(
@@ -422,6 +425,11 @@ Subtract the largest lse first; parts without any visible key have -inf.""",
             "no maximum subtracted",
             "lse is as large as the scores: exp overflows.",
             ("torch.exp(lses - torch.where(largest == -math.inf, 0.0, largest))", "torch.exp(lses)"),
+        ),
+        Wrong(
+            "one maximum for all rows",
+            "A row far below the largest one of all has only weights of 0 then: take the maximum over the parts, row by row.",
+            ("largest = lses.amax(dim=0)", "largest = lses.amax()"),
         ),
         Wrong(
             "not divided by the total",
@@ -783,10 +791,17 @@ def flash_kernel(
     tl.store(out_ptr + rows[:, None] * DIM + dims[None, :], o / l[:, None], mask=rows[:, None] < length)
 
 
+def _between_nans(tensor: Tensor) -> Tensor:
+    inside, around = _guarded(tuple(tensor.shape))
+    around.fill_(math.nan)
+    return inside.copy_(tensor)
+
+
 def _launch_flash(kernel: Any, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
     """The result, and how many numbers were written outside it."""
     length, dim = q.shape
     out, backing = _guarded((length, dim))
+    q, k, v = (_between_nans(tensor) for tensor in (q, k, v))  # what lies beside the input must not be read
     grid = (-(-length // block_m),)
     launch(kernel, grid, q, k, v, out, length, 1 / math.sqrt(dim), DIM=dim, BLOCK_M=block_m, BLOCK_N=block_n)
     return {"out": out.clone(), "numbers written outside": _written_outside(backing)}

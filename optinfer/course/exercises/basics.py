@@ -321,6 +321,9 @@ def _crossover_cases(draw: Draw) -> Iterator[Case]:
     yield case("a laptop", 576, 1536, 2, 113e9, 19e9)
     yield case("too narrow: never", 64, 64, 2, 989e12, 4.8e12)
     yield case("the cores are always busy", 4096, 4096, 2, 1e9, 7e9)
+    yield case("just never: each request brings as many bytes as the cores can use", 64, 64, 2, 32e9, 1e9)
+    yield case("a layer of one weight", 1, 1, 2, 0.25e9, 1e9)
+    yield case("a layer of one weight, never", 1, 1, 2, 0.625e9, 1e9)
     yield case("random", draw.random.randrange(500, 9000), draw.random.randrange(500, 9000), 2, 3.1e14, 2.03e12)
 
 

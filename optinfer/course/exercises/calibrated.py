@@ -641,6 +641,8 @@ def _awq_search_cases(draw: Draw) -> Iterator[Case]:
     )
     yield case("a grid in another order", draw.normal(6, 12), draw.normal(20, 12) * loud(12, 0), [0.9, 0.0, 0.6, 0.3])
     yield case("all channels alike", draw.normal(8, 20), draw.normal(64, 20), grid)
+    silent = torch.ones(10).index_fill(0, torch.tensor([4]), 0.0)
+    yield case("a channel that is always zero", draw.normal(6, 10), draw.normal(30, 10) * silent, grid)
 
 
 AWQ_SEARCH = Exercise(
@@ -731,6 +733,8 @@ def _fake_quantize_reference(x: Tensor, scale: float, upstream: Tensor) -> dict[
 def _fake_quantize_cases(draw: Draw) -> Iterator[Case]:
     yield case("all inside", torch.tensor([0.12, -0.31, 0.58]), 0.1, torch.tensor([1.0, 2.0, -3.0]))
     yield case("some outside", torch.tensor([0.9, -0.2, -1.4, 0.33]), 0.1, torch.tensor([1.0, -1.0, 2.0, 0.5]))
+    ends = torch.tensor([6.4, 6.6, 7.0, 7.2, 7.4, 7.6, 8.4, -6.6, -7.3, -7.4, -7.6, -9.0])
+    yield case("around both ends of the range", ends * 0.25, 0.25, draw.normal(12))
     yield case("5 x 6", draw.normal(5, 6), 0.2, draw.normal(5, 6))
     yield case("a large scale", 50 * draw.normal(9), 3.0, draw.normal(9))
 
@@ -768,6 +772,11 @@ backward:  1 where round(x / scale) is from -7 to 7, else 0
             "a gradient where the number was clipped",
             "A clipped number does not change the output: its gradient is 0.",
             ("torch.where(inside, x, x.detach())", "x"),
+        ),
+        Wrong(
+            "the end cut before rounding",
+            "7.3 rounds to 7, which is in range: what counts is the code, not the number before rounding.",
+            ("(x / scale).round().abs() <= 7", "(x / scale).abs() <= 7"),
         ),
         Wrong("no clamp", "Four bits end at ±7: what lies outside is clipped.", (".clamp(-7, 7)", "")),
         Wrong(

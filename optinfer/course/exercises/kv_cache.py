@@ -306,6 +306,10 @@ def _write_cases(draw: Draw) -> Iterator[Case]:
     yield case("both write: the second in place", {"a": [3, 5], "b": [3, 5]}, [("a", 6), ("b", 6)], 4)
     yield case("three share, all write", {"a": [1], "b": [1], "c": [1]}, [("c", 2), ("a", 2), ("b", 2)], 16)
     yield case("twice to the same", {"a": [8, 2], "b": [8]}, [("b", 0), ("b", 1), ("a", 1)], 16)
+    yield case(
+        "an earlier block is written, the last one is its own", {"a": [8, 2], "b": [8, 4]}, [("a", 3), ("b", 9)], 8
+    )
+    yield case("a middle block is written", {"a": [1, 2, 3], "b": [1, 2, 3]}, [("b", 5), ("b", 0), ("a", 11)], 4)
     yield case("an earlier block is shared, not the one written", {"a": [8, 2], "b": [8, 4]}, [("a", 9), ("b", 9)], 8)
 
 
@@ -377,6 +381,11 @@ sequence and a position in it), then looks at what came back and at all three co
             "the first block instead of the written one",
             "The position says which block of the table is meant.",
             ("index = position // block_size", "index = 0"),
+        ),
+        Wrong(
+            "the last block instead of the written one",
+            "A write may go to any block: the position says which one.",
+            ("index = position // block_size", "index = len(tables[seq]) - 1"),
         ),
     ),
 )

@@ -152,6 +152,7 @@ def _affine_cases(draw: Draw) -> Iterator[Case]:
     yield case("after a ReLU", draw.normal(40).relu())
     yield case("all zeros", torch.zeros(4))
     yield case("the same number everywhere", torch.full((5,), 3.0))
+    yield case("100 numbers in bfloat16", draw.normal(100, dtype=torch.bfloat16))
     yield case("both ends halfway between codes", torch.tensor([-99.5, 0.2, 155.5]))
 
 
@@ -676,6 +677,8 @@ def _llm_int8_cases(draw: Draw) -> Iterator[Case]:
     yield case("a threshold of 2", with_outliers(5, 16), draw.normal(6, 16), 2.0)
     yield case("exactly the threshold", torch.tensor([[6.0, 1.0, 0.5], [0.2, -1.5, 0.3]]), draw.normal(4, 3))
     yield case("every column is an outlier", 50 + draw.uniform(3, 4), draw.normal(2, 4))
+    zeros = torch.tensor([[1.0], [0.0], [1.0]])
+    yield case("a token of zeros and a weight row of zeros", with_outliers(3, 6, 1) * zeros, draw.normal(3, 6) * zeros)
     yield case(
         "one token, weight rows of very different size",
         with_outliers(1, 10, 4),

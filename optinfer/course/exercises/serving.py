@@ -30,6 +30,7 @@ def _latencies_reference(arrival: float, token_times: list[float]) -> tuple[floa
 def _latencies_cases(draw: Draw) -> Iterator[Case]:
     yield case("four tokens", 1.0, [1.5, 1.6, 1.7, 1.9])
     yield case("one token", 2.0, [2.25])
+    yield case("two tokens", 2.0, [2.25, 2.5])
     times = sorted(10 + draw.random.random() * 5 for _ in range(20))
     yield case("20 tokens", 9.0, times)
     yield case("speculation: several at once", 0.0, [0.5, 0.5, 0.5, 0.6, 0.6])
@@ -101,6 +102,7 @@ def _max_sequences_cases(draw: Draw) -> Iterator[Case]:
     yield case("large blocks waste memory", 10**9, 269 * 10**6, 23_040, 256, 300)
     yield case("the weights do not fit", 10**9, 2 * 10**9, 23_040, 16, 100)
     yield case("a remainder of memory", 1_000, 100, 3, 4, 9)
+    yield case("the weights fill it to the last byte", 100, 100, 1, 1, 1)
 
 
 MAX_SEQUENCES = Exercise(
@@ -170,6 +172,7 @@ def _top_p_cases(draw: Draw) -> Iterator[Case]:
     yield case("everything kept", draw.normal(8), 1.0, 1.0)
     yield case("a high temperature", 3 * draw.normal(20), 2.5, 0.8)
     yield case("a low temperature", draw.normal(30), 0.3, 0.95)
+    yield case("a low temperature, flat logits", 0.5 * draw.normal(12), 0.5, 0.6)
 
 
 TOP_P = Exercise(
@@ -200,6 +203,12 @@ compares with the draft.""",
             "left in sorted order",
             "Probabilities belong to tokens: scatter them back through the index.",
             ("torch.zeros_like(probabilities).scatter(0, index, kept / kept.sum())", "kept / kept.sum()"),
+        ),
+        Wrong(
+            "the nucleus taken before the temperature",
+            "The temperature comes first: what reaches p depends on it.",
+            ("probabilities = (logits / temperature).softmax(dim=-1)", "probabilities = logits.softmax(dim=-1)"),
+            ("kept / kept.sum()", "(t := torch.where(kept > 0, kept, 0.0) ** (1 / temperature)) / t.sum()"),
         ),
         Wrong(
             "multiplied by the temperature",

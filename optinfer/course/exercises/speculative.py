@@ -337,7 +337,7 @@ def _law_reference(q: Tensor, p: Tensor, draft: list[int], u: list[float], u_las
         return p[0].clone()
     out: list[int] = []
     for i, token in enumerate(draft):
-        if u[i] < p[i, token] / q[i, token]:
+        if u[i] < p[i, token] / q[i, token]:  # u is below 1, but a rounded one may be 1
             out.append(token)
             continue
         left = torch.relu(p[i] - q[i])
@@ -362,6 +362,9 @@ def _law_cases(draw: Draw) -> Iterator[Case]:
         yield case(label, q, p, draft, [draw.random.random() for _ in draft], draw.random.random())
     yield case("everything accepted", half.repeat(2, 1), torch.cat([half, half, tenth[:1]]), [0, 2], [0.99, 0.99], 0.95)
     yield case("everything rejected", half, tenth, [0], [0.9], 0.5)
+    never = torch.tensor([[0.0, 0.4, 0.6], [0.4, 0.4, 0.2]], dtype=torch.float64)
+    yield case("the target never says it, and u is 0", half, never, [0], [0.0], 0.3)
+    yield case("u rounded up to 1 where p = q", half, torch.cat([half, half]), [1], [1.0], 0.6)
     yield case("how often each token comes first, over all drafts and numbers u", half, tenth, [], [], 0.0)
 
 
@@ -456,6 +459,10 @@ def _lookup_cases(draw: Draw) -> Iterator[Case]:
     yield case("nothing repeats", [1, 2, 3, 4], 3, 5)
     yield case("the text overlaps itself", [4, 4, 4, 4], 2, 3)
     yield case("one token", [3], 3, 4)
+    yield case("two tokens", [3, 3], 3, 4)
+    yield case("a longer match than may be tried", [1, 2, 3, 9, 2, 4, 1, 2], 1, 2)
+    yield case("two tokens match, three do not", [5, 6, 1, 9, 6, 2, 5, 6], 3, 2)
+    yield case("the only match is an even way back", [1, 2, 7, 3, 7], 3, 2)
     yield case("60 random tokens of 4", [draw.random.randrange(4) for _ in range(60)], 3, 6)
 
 
@@ -538,6 +545,7 @@ def _best_length_cases(draw: Draw) -> Iterator[Case]:
     yield case("free drafts, but most are wrong", 0.25, 0.0, [1.0, 1.1, 1.2, 1.3, 1.4])
     yield case("times in milliseconds", 0.75, 4.0, [52.0, 50, 51, 52, 54, 56, 58, 60, 62])
     yield case("a perfect draft", 1.0, 0.1, [1.0] * 6)
+    yield case("all lengths are equally fast", 1.0, 0.0, [1.0, 2.0, 3.0, 4.0])
 
 
 BEST_LENGTH = Exercise(
@@ -693,6 +701,8 @@ def _loop_reference(draft: str, prompt: Any, gamma: int, max_tokens: int, eos: i
 def _loop_cases(draw: Draw) -> Iterator[Case]:
     prompt = [draw.random.randrange(11) for _ in range(5)]
     yield case("a perfect draft", "perfect", prompt, 4, 17, -1)
+    yield case("a perfect draft of three", "perfect", prompt, 3, 17, -1)
+    yield case("nothing may be generated", "perfect", prompt, 3, 0, -1)
     yield case("a draft that is always wrong", "useless", prompt, 4, 9, -1)
     yield case("no draft at all", "nothing", prompt, 3, 6, -1)
     yield case("two right, then wrong", "half", prompt, 5, 16, -1)
