@@ -240,7 +240,7 @@ def test_a_failing_cell_fails_the_notebook(tmp_path: Path) -> None:
     path = tmp_path / "broken.ipynb"
     nbformat.write(notebook, path)
     with pytest.raises(NotebookError, match="ZeroDivisionError"):
-        execute(path, timeout=60)
+        execute(path)
 
 
 def test_directives_become_portable_markdown() -> None:
