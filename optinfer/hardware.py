@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optinfer import noise
 from optinfer_kernels import acting_capability
 
 if TYPE_CHECKING:
@@ -151,22 +152,27 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def best_seconds(run: Callable[[], object], device: "torch.device", repeats: int = 7, warmup: int = 2) -> float:
-    """The fastest of several runs: what is left when nothing else disturbs the machine."""
+def timing(
+    run: Callable[[], object], device: "torch.device", repeats: int = 7, warmup: int = 2, least: float = 0.0
+) -> noise.Timing:
+    """Several runs by the clock, and some more where they disagree; see `noise.repeat`."""
     import torch
 
-    for _ in range(warmup):
-        run()
-    best = float("inf")
-    for _ in range(repeats):
+    def sample() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        return time.perf_counter() - start
+
+    return noise.repeat(sample, repeats, warmup, least)
+
+
+def best_seconds(run: Callable[[], object], device: "torch.device", repeats: int = 7, warmup: int = 2) -> float:
+    """The fastest of several runs: what is left when nothing else disturbs the machine."""
+    return timing(run, device, repeats, warmup).seconds
 
 
 def measure_bandwidth(device: "torch.device") -> float:

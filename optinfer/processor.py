@@ -51,13 +51,20 @@ class Processor:
     model: str
     instructions: tuple[str, ...]
 
+    @property
+    def full_name(self) -> str:
+        """With family and model, where they are known: the name alone is not one processor's."""
+        numbers = [f"{what} {value}" for what, value in (("family", self.family), ("model", self.model)) if value]
+        return f"{self.name} ({', '.join(numbers)})" if numbers else self.name
+
     def likeness(self, other: dict[str, Any] | None) -> int:
         """How like this one a recorded processor is: 3 the same model, 2 the same instructions, 1 the name, 0 neither."""
         if not other:
             return 0
-        if (self.vendor, self.family, self.model) == (other.get("vendor"), other.get("family"), other.get("model")):
+        mine, theirs = asdict(self), {name: other.get(name) for name in ("vendor", "family", "model")}
+        if all(theirs.values()) and theirs.items() <= mine.items():
             return 3
-        if self.instructions == tuple(other.get("instructions", ())):
+        if self.instructions and self.instructions == tuple(other.get("instructions", ())):
             return 2
         return 1 if self.name == other.get("name") else 0
 

@@ -12,7 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from optinfer.processor import Processor, this_processor
+
 _PACKAGES = ("optinfer", "torch", "triton", "transformers", "bitsandbytes", "numpy")
+
+
+LIKE = 2  # from this likeness on, figures of one chip say something about the other
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,32 @@ class Recorded:
         return [row for row in self.rows if all(row.get(k) == v for k, v in equals.items())]
 
     def caption(self) -> str:
-        """One line for the reader: what they look at was recorded, where and when."""
+        """One line for the reader: what they look at was recorded, where and when, and whether that is a chip like theirs."""
         p = self.provenance
-        return f"recorded on {self.device}, {p['date'][:10]}, torch {p['versions'].get('torch', '?')}"
+        line = f"recorded on {self.chip}, {p['date'][:10]}, torch {p['versions'].get('torch', '?')}"
+        return line if self.likeness() >= LIKE else f"{line}; not a chip like the one here"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.provenance.get("capability") is not None
+
+    @property
+    def chip(self) -> str:
+        """The device's name, of a processor with its family and model."""
+        processor = self.provenance.get("processor")
+        return self.device if self.on_gpu or not processor else _processor(processor).full_name
+
+    def likeness(self) -> int:
+        """How like the chip here that of the recording is: 3 the same, 2 as good as the same, 1 the same name, 0 neither."""
+        if not self.on_gpu:
+            return this_processor().likeness(self.provenance.get("processor") or {"name": self.device})
+        import torch
+
+        return 3 if torch.cuda.is_available() and torch.cuda.get_device_name() == self.device else 0
+
+
+def _processor(facts: dict[str, Any]) -> Processor:
+    return Processor(**{**facts, "instructions": tuple(facts["instructions"])})
 
 
 def provenance() -> dict[str, Any]:
@@ -39,7 +67,6 @@ def provenance() -> dict[str, Any]:
     import torch
 
     from optinfer import hardware
-    from optinfer.processor import this_processor
 
     on_gpu = torch.cuda.is_available()
     versions = {}
@@ -78,8 +105,13 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def file_name(suite: str, provenance: dict[str, Any]) -> str:
+    """``<suite>-<chip>.json``. A processor's family and model belong to it: two that are called "AMD EPYC" share no file."""
+    return f"{suite}-{slug(Recorded(suite, provenance['device'], provenance, []).chip)}.json"
+
+
 def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str], *, machine: Any = None) -> Path:
-    """Write rows and provenance to ``<folder>/<suite>-<device>.json``, whole or not at all.
+    """Write rows and provenance to ``<folder>/<suite>-<chip>.json``, whole or not at all.
 
     Args:
         suite: the benchmark's name.
@@ -100,7 +132,7 @@ def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str],
         content = json.dumps(record, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"rows of suite {suite!r} cannot be written as JSON: {error}") from error
-    target = Path(folder) / f"{suite}-{slug(facts['device'])}.json"
+    target = Path(folder) / file_name(suite, facts)
     write_whole(target, content + "\n")
     return target
 
@@ -141,7 +173,9 @@ def read(path: str | os.PathLike[str]) -> Recorded:
 
 
 def load(suite: str, device: str | None = None) -> Recorded | None:
-    """The course's recorded results of a suite, newest first; None when nobody has measured it.
+    """The course's recorded results of a suite; None when nobody has measured it.
+
+    Of several the one whose chip is most like the reader's, the newest of those; its `caption` says when it is not like it.
 
     Args:
         suite: the benchmark's name.
@@ -152,4 +186,4 @@ def load(suite: str, device: str | None = None) -> Recorded | None:
     folder = data.root() / "data" / "results"
     found = [read(path) for path in sorted(folder.glob(f"{suite}-*.json"))]
     wanted = [r for r in found if r.suite == suite and (device is None or slug(device) in slug(r.device))]
-    return max(wanted, key=lambda r: r.provenance["date"], default=None)
+    return max(wanted, key=lambda r: (r.likeness(), r.provenance["date"]), default=None)

@@ -2,6 +2,12 @@
 
 import os
 
+from hypothesis import HealthCheck, settings
+
+# A busy machine must not fail a test: no example has to be ready in time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores. With a thread per core in each of them, every operation would wait for threads that the
     # system has put aside: hundreds of times slower. Notebooks and other processes that a test starts inherit this.

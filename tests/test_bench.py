@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optinfer import bench, cpu, results
-from optinfer.bench import paged_attention, quantized_matmul, random_model
+from optinfer.bench import paged_attention, quantized_matmul, random_model, timing
 from optinfer.bench.compare import compare
 from optinfer.bench.report import plot, show
 from optinfer.bench.timing import ROTATED_BYTES, copies_past_the_cache, in_turns, one_after_another
@@ -26,12 +26,15 @@ def row(peer, center, noise=0.01, **fields):
     return {"peer": peer, **fields, "seconds": sorted(samples)[10], "samples": samples, "read_bytes": 7}
 
 
-def test_peers_take_turns():
+def test_peers_take_turns_and_some_more_where_the_machine_is_busy(monkeypatch):
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = in_turns(calls, CPU, repeats=4, warmup=1)
-    assert order == list("abc") * 5
-    assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    for seconds, turns in ((lambda: 1.0, 4), (lambda: 1.1 ** len(order), 12)):
+        monkeypatch.setattr(timing, "seconds_of", lambda call, _, seconds=seconds: [seconds(), call()][0])
+        order.clear()
+        samples = in_turns(calls, CPU, repeats=4, warmup=1)
+        assert order == list("abc") * (turns + 1)
+        assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abc", turns)
 
 
 def test_buffers_outgrow_the_cache():

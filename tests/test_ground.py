@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,39 @@ def test_reading_something_else(tmp_path: Path) -> None:
             results.read(other)
 
 
+def test_the_recording_of_the_most_alike_chip_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors with one name: files of their own, and the reader gets the one like theirs, not the newest."""
+    from optinfer import data, processor
+
+    monkeypatch.setattr(data, "root", lambda: tmp_path)
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    old = processor.Processor("AMD EPYC", "AuthenticAMD", "25", "1", ("avx2", "fma"))
+    new = processor.Processor("AMD EPYC", "AuthenticAMD", "25", "17", ("avx2", "fma", "avx512f"))
+    sibling = processor.Processor("AMD EPYC", "AuthenticAMD", "25", "18", ("avx2", "fma", "avx512f"))
+    for day, chip in enumerate((old, new), 1):
+        monkeypatch.setattr(results, "this_processor", lambda chip=chip: chip)
+        facts = {
+            "date": f"2026-01-0{day}",
+            "device": chip.name,
+            "processor": asdict(chip),
+            "capability": None,
+            "versions": {},
+        }
+        monkeypatch.setattr(results, "provenance", lambda facts=facts: facts)
+        results.save("speed", [{"seconds": float(day)}], tmp_path / "data" / "results")
+    assert len(list((tmp_path / "data" / "results").iterdir())) == 2
+    for reader, seconds, alike in ((old, 1.0, True), (new, 2.0, True), (sibling, 2.0, True)):
+        monkeypatch.setattr(results, "this_processor", lambda reader=reader: reader)
+        recorded = results.load("speed")
+        assert recorded is not None and recorded.rows == [{"seconds": seconds}]
+        assert ("not a chip like" not in recorded.caption()) == alike
+    stranger = processor.Processor("Another", "GenuineIntel", "6", "1", ())
+    monkeypatch.setattr(results, "this_processor", lambda: stranger)
+    recorded = results.load("speed")
+    assert recorded is not None and "AMD EPYC (family 25, model 17)" in recorded.caption()
+    assert "not a chip like the one here" in recorded.caption()
+
+
 def test_nobody_measured_it() -> None:
     assert results.load("no-such-suite") is None
 
@@ -78,7 +112,7 @@ def test_nobody_measured_it() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "results").glob("*.json")), ids=lambda p: p.name)
 def test_committed_results_have_provenance(path: Path) -> None:
     recorded = results.read(path)
-    assert path.name == f"{recorded.suite}-{results.slug(recorded.device)}.json"
+    assert path.name == results.file_name(recorded.suite, recorded.provenance)
     assert {"date", "device", "versions", "python"} <= recorded.provenance.keys() and recorded.rows
 
 
@@ -240,7 +274,7 @@ def test_a_failing_cell_fails_the_notebook(tmp_path: Path) -> None:
     path = tmp_path / "broken.ipynb"
     nbformat.write(notebook, path)
     with pytest.raises(NotebookError, match="ZeroDivisionError"):
-        execute(path, timeout=60)
+        execute(path)
 
 
 def test_directives_become_portable_markdown() -> None:

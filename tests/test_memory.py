@@ -79,7 +79,7 @@ def test_widget_counts_as_python_does(tmp_path: Path) -> None:
         f"const [models, cases] = [{json.dumps(memory.presets())}, {json.dumps(cases)}];\n"
         "console.log(JSON.stringify(models.map((m) => cases.map((c) => widget.plan(m, c)))));\n"
     )
-    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=600, check=True)
     for shape, answers in zip(memory.MODELS.values(), json.loads(done.stdout), strict=True):
         for case, answer in zip(cases, answers, strict=True):
             expected = memory.plan(shape, **case)

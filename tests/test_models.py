@@ -155,7 +155,7 @@ def test_several_processes_at_once(small_conversion: Path) -> None:
     for worker in workers:
         worker.start()
     start.set()
-    answers = {results.get(timeout=60) for _ in workers}
+    answers = {results.get(timeout=600) for _ in workers}
     for worker in workers:
         worker.join()
     assert answers == {str(small_conversion)}

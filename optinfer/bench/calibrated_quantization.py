@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = [*METHODS, *EIGHT_BITS]
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     args = parser.parse_args(arguments)
-    file = args.out / f"{SUITE}-{results.slug(results.provenance()['device'])}.json"
+    file = args.out / results.file_name(SUITE, results.provenance())
     rows = results.read(file).rows if file.exists() else []
     for peer, method, bits in cases(args.bits, args.methods):
         row: dict[str, Any] = {"peer": peer, "method": method, "bits": bits}

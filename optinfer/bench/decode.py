@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from optinfer.hardware import best_seconds
+from optinfer import hardware, noise
 from optinfer.memory import ModelShape
 
 
@@ -10,8 +10,8 @@ def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> 
     """Time one token for each of ``batch`` sequences that already hold ``context`` tokens.
 
     Returns:
-        ``label``, ``batch``, ``seconds``, and the least that any implementation must do: ``flops`` (2 per weight and
-        sequence) and ``bytes`` (every weight once, every sequence's KV cache once).
+        ``label``, ``batch``, ``seconds`` with their ``timing`` (a `noise.Timing`), and the least that any implementation
+        must do: ``flops`` (2 per weight and sequence) and ``bytes`` (every weight once, every sequence's KV cache once).
     """
     import torch
     from transformers import DynamicCache
@@ -27,19 +27,26 @@ def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> 
         def step() -> None:
             model(token, past_key_values=cache)
 
-        seconds = best_seconds(step, model.device, repeats=repeats)
-    kv_bytes = batch * context * shape.kv_bytes_per_token(8 * itemsize)
+        kv_bytes = batch * context * shape.kv_bytes_per_token(8 * itemsize)
+        flops = 2.0 * shape.parameters_read_per_token * batch
+        moved = shape.parameters_read_per_token * itemsize + kv_bytes
+        least = hardware.this_machine().least_seconds(flops, moved)
+        timing = hardware.timing(step, model.device, repeats, least=least)
     return {
         "label": f"batch {batch}",
         "batch": batch,
-        "seconds": seconds,
-        "flops": 2.0 * shape.parameters_read_per_token * batch,
-        "bytes": shape.parameters_read_per_token * itemsize + kv_bytes,
+        "seconds": timing.seconds,
+        "timing": timing,
+        "flops": flops,
+        "bytes": moved,
     }
 
 
 def decode_steps(model: Any, batches: list[int], context: int = 64) -> list[dict[str, Any]]:
-    """`decode_step` for several batch sizes, with a progress bar."""
+    """`decode_step` for several batch sizes, with a progress bar; says so where the machine was too busy."""
     from tqdm.auto import tqdm
 
-    return [decode_step(model, batch, context) for batch in tqdm(batches, desc="decoding", unit="batch", leave=False)]
+    steps = [decode_step(model, batch, context) for batch in tqdm(batches, desc="decoding", unit="batch", leave=False)]
+    if doubt := noise.doubts(step["timing"] for step in steps):
+        print(doubt)
+    return steps

@@ -2,6 +2,7 @@
 
 Measured: time to quantize the whole model, time per generated token at batch 1 and 8, peak memory of a process that
 loads, quantizes and generates. Before anything is timed, the peers' logits are compared.
+Decode steps of the engine are measured beside llama.cpp, too: on the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 import optinfer
 from optinfer import hardware
+from optinfer.bench.steps import BATCHES, beside_llama_cpp
 from optinfer.quantization import quantize
 from optinfer.quantization.model import linear_layers, replace_module
 
@@ -34,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Rows for `optinfer bench quantization`; bitsandbytes is left out where it is not installed.
+    """Rows for `optinfer bench quantization`; bitsandbytes and llama.cpp are left out where they are not installed.
 
     Args:
         quick: fewer rounds, NF4 and LLM.int8() only.
@@ -52,6 +54,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         extra = {"optinfer": quantize(copy.deepcopy(model), "int8", progress=False)}
         rows += _decode_rows("int8", extra, rounds)
         del extra
+    rows += beside_llama_cpp(model, (1, 8) if quick else BATCHES, rounds)
     for name in names:
         options = VARIANTS[name]
         made: dict[str, nn.Module] = {}

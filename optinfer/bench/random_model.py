@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optinfer import hardware
+from optinfer import hardware, noise
 from optinfer.bench.timing import in_turns, one_after_another
 from optinfer.memory import ModelShape
 from optinfer.quantization.linear import QuantizedLinear
@@ -105,7 +105,7 @@ def measure(model: Any, device: torch.device, repeats: int = 21) -> dict[str, An
     weights = sum(p.nbytes for p in model.parameters())
     if len({p.data_ptr() for p in model.parameters()}) != len(list(model.parameters())):
         raise AssertionError("tied parameters would be counted twice")
-    room = CONTEXT + repeats + 16  # every run of a step appends a token
+    room = CONTEXT + noise.PATIENCE * repeats + 16  # every run of a step appends a token
     cache = StaticCache(config=model.config, max_cache_len=room)
     prompt = torch.randint(0, model.config.vocab_size, (1, CONTEXT), device=device)
     token, position = prompt[:, -1:], torch.tensor([[CONTEXT]], device=device)

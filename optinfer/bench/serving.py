@@ -1,4 +1,4 @@
-"""Serving: a trace of ragged requests through our engine, transformers' `generate`, its continuous batching, and vLLM.
+"""Serving: a trace of ragged requests through our engine, transformers' `generate`, its continuous batching, vLLM and llama.cpp.
 
 All peers serve the same trace in the same run, taking turns, so that a busy moment of the machine hits all of them.
 Throughput runs have every request waiting at the start; latency runs have Poisson arrivals.
@@ -10,19 +10,19 @@ import functools
 import json
 import os
 import random
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
 from optinfer import cpu, data, models
+from optinfer.bench.worker import Worker, environment_of
 from optinfer.serving import Completion, Engine, SamplingParams
 
 SYSTEM_PROMPT = (
@@ -42,19 +42,76 @@ class TraceRequest:
 
 @dataclass(frozen=True)
 class Served:
-    """What a peer made of a request: tokens, seconds to the first one, and mean seconds between the others."""
+    """What a peer made of a request: how many tokens, seconds to the first one, and mean seconds between the others."""
 
-    token_ids: list[int]
+    num_tokens: int
     ttft: float | None = None
     tpot: float | None = None
 
 
 def served(completions: list[Completion]) -> list[Served]:
-    return [Served(c.token_ids, c.metrics.time_to_first_token, c.metrics.time_per_output_token) for c in completions]
+    return [
+        Served(len(c.token_ids), c.metrics.time_to_first_token, c.metrics.time_per_output_token) for c in completions
+    ]
 
 
-def _between(seconds: float, token_ids: list[int]) -> float | None:
-    return seconds / (len(token_ids) - 1) if len(token_ids) > 1 else None
+class Peer(Protocol):
+    """Who serves traces beside us."""
+
+    name: str
+
+    def serve(self, trace: list[TraceRequest]) -> list[Served]: ...
+
+
+class VLLM:
+    """vLLM; `scripts/vllm_environment.sh` makes its environment and prints the path of its python.
+
+    Args:
+        options: arguments of `vllm.LLM`.
+    """
+
+    def __init__(self, python: str, model: str, **options: Any):
+        self._worker = Worker("vLLM", python, "vllm_worker.py", model, json.dumps(options))
+        self.name = f"vLLM {self._worker.version}, CPU"
+
+    def serve(self, trace: list[TraceRequest]) -> list[Served]:
+        found = self._worker.ask([asdict(request) for request in trace])["results"]
+        counts = [len(r["token_ids"]) for r in found]
+        return [
+            Served(n, r["ttft"], (r["finished"] - r["ttft"]) / (n - 1) if n > 1 else None)
+            for n, r in zip(counts, found)
+        ]
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class LlamaCpp:
+    """llama.cpp with the default model; `scripts/llama_cpp_environment.sh` makes its environment.
+
+    Args:
+        weights: their format, such as ``"BF16"``, made from the file that the model comes in; ``""``: that file.
+    """
+
+    def __init__(self, python: str, weights: str = "BF16", threads: int | None = None):
+        threads = threads or torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:  # the worker has read the file before it answers
+            self._worker = Worker(
+                "llama.cpp",
+                python,
+                "llama_cpp_worker.py",
+                str(models.default_gguf(Path(folder))),
+                weights,
+                str(threads),
+            )
+        self.name = f"llama.cpp {self._worker.version}, {weights or 'Q4_1 as shipped'}"
+
+    def serve(self, trace: list[TraceRequest]) -> list[Served]:
+        found = self._worker.ask([asdict(request) for request in trace])["results"]
+        return [Served(r["num_tokens"], r.get("ttft"), r["per_token"]) for r in found]
+
+    def close(self) -> None:
+        self._worker.close()
 
 
 def make_trace(
@@ -165,55 +222,14 @@ def _continuous(manager: Any, trace: list[TraceRequest]) -> list[list[int]]:
     return [results[i] for i in ids]
 
 
-class VLLM:
-    """vLLM in its own environment and process, which waits while others are measured. Use in a `with` statement.
-
-    Args:
-        python: of that environment; `scripts/vllm_environment.sh` makes it and prints the path.
-        options: arguments of `vllm.LLM`.
-
-    Raises RuntimeError if it does not start or breaks off; the end of its log is in the message.
-    """
-
-    def __init__(self, python: str, model: str, **options: Any):
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
-        command = [python, str(Path(__file__).with_name("vllm_worker.py")), model, json.dumps(options)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        self.version = self._answer()["version"]
-
-    def __enter__(self) -> "VLLM":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def serve(self, trace: list[TraceRequest]) -> list[Served]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([asdict(request) for request in trace]) + "\n")
-        self._process.stdin.flush()
-        results = self._answer()["results"]
-        return [Served(r["token_ids"], r["ttft"], _between(r["finished"] - r["ttft"], r["token_ids"])) for r in results]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise RuntimeError(f"vLLM broke off:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
-
-
 # ---- the suite
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Throughput at 16 and 64 requests (quick: 8), latency under Poisson arrivals, and the cost ladder.
 
-    vLLM takes part where the environment variable `OPTINFER_VLLM_PYTHON` names the python of its environment.
+    vLLM and llama.cpp take part where `OPTINFER_VLLM_PYTHON` and `OPTINFER_LLAMA_CPP_PYTHON` name the python of their
+    environments; who is missing is said to be skipped.
     """
     import optinfer
 
@@ -221,20 +237,23 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     longest = 24 if quick else 96
     trace_of = functools.partial(make_trace, tokenizer, longest=longest)
     with contextlib.ExitStack() as stack:
-        vllm = None
-        if python := os.environ.get("OPTINFER_VLLM_PYTHON"):
+        peers: list[Peer] = []
+        if python := environment_of("vLLM", "OPTINFER_VLLM_PYTHON"):
             options = json.loads(os.environ.get("OPTINFER_VLLM_OPTIONS", "{}"))
-            vllm = stack.enter_context(VLLM(python, str(models.default_model_path()), **options))
+            vllm = VLLM(python, str(models.default_model_path()), **options)
+            peers.append(stack.enter_context(contextlib.closing(vllm)))
+        if python := environment_of("llama.cpp", "OPTINFER_LLAMA_CPP_PYTHON"):
+            peers.append(stack.enter_context(contextlib.closing(LlamaCpp(python))))
         rows = []
         for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
-            rows += throughput(model, trace_of(num_requests), rounds, vllm)
-        rows += latency(model, trace_of(8 if quick else 32, rate=2.0), vllm)
+            rows += throughput(model, trace_of(num_requests), rounds, peers)
+        rows += latency(model, trace_of(8 if quick else 32, rate=2.0), peers)
     quantized = optinfer.quantize(copy.deepcopy(model), "int4", progress=False)
     return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96)
 
 
 def throughput(
-    model: Any, trace: list[TraceRequest], rounds: int = 3, vllm: VLLM | None = None
+    model: Any, trace: list[TraceRequest], rounds: int = 3, others: Sequence[Peer] = ()
 ) -> list[dict[str, Any]]:
     """Serve the trace with every peer in turn, after a warm-up, `rounds` times; the order rotates.
 
@@ -248,22 +267,22 @@ def throughput(
 
     def continuous() -> tuple[list[Served], float]:
         tokens, seconds = run_continuous(model, trace)
-        return list(map(Served, tokens)), seconds
+        return _counted(tokens), seconds
 
     # Each peer's own seconds: from the first request handed over to the last answer, its memory ready before.
     peers: dict[str, Callable[[], tuple[list[Served], float]]] = {
         "optinfer": lambda: fresh_engine("optinfer"),
         "optinfer, prompt lookup": lambda: fresh_engine("optinfer, prompt lookup", draft="prompt_lookup"),
-        "transformers generate": lambda: _timed(lambda: list(map(Served, run_static(model, trace)))),
+        "transformers generate": lambda: _timed(lambda: _counted(run_static(model, trace))),
         "transformers generate_batch": continuous,
     }
     warm_up = [TraceRequest(trace[0].token_ids, 2)] * 2
     run_engine(Engine(model, num_blocks=64), warm_up)
     run_static(model, warm_up)
-    if vllm is not None:
-        peers[f"vLLM {vllm.version}, CPU"] = lambda: _timed(lambda: vllm.serve(trace))
+    for peer in others:
+        peers[peer.name] = lambda peer=peer: _timed(lambda: peer.serve(trace))  # type: ignore[misc]
         for _ in range(2):  # compiled for the trace's shapes before it counts
-            vllm.serve(trace)
+            peer.serve(trace)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     results: dict[str, list[Served]] = {}
     names = list(peers)
@@ -273,7 +292,7 @@ def throughput(
             bar.set_postfix_str(name)
             results[name], took = peers[name]()
             seconds[name].append(took)
-            if [len(done.token_ids) for done in results[name]] != [request.max_tokens for request in trace]:
+            if [done.num_tokens for done in results[name]] != [request.max_tokens for request in trace]:
                 raise RuntimeError(f"{name} did not generate what the trace asks for")
     num_tokens = sum(request.max_tokens for request in trace)
     base = median(seconds["transformers generate_batch"])
@@ -294,16 +313,16 @@ def throughput(
     ]
 
 
-def latency(model: Any, trace: list[TraceRequest], vllm: VLLM | None = None) -> list[dict[str, Any]]:
+def latency(model: Any, trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
     """The trace's arrivals in real time: time to first token and time per output token, in seconds."""
     engine = Engine(model, num_blocks=_NUM_BLOCKS)
     peers: dict[str, Callable[[], list[Served]]] = {"optinfer": lambda: served(run_engine(engine, trace))}
-    if vllm is not None:
-        peers[f"vLLM {vllm.version}, CPU"] = lambda: vllm.serve(trace)
+    for peer in others:
+        peers[peer.name] = functools.partial(peer.serve, trace)
     rows = []
     for name, serve in peers.items():
         done, seconds = _timed(serve)
-        num_tokens = sum(len(d.token_ids) for d in done)
+        num_tokens = sum(d.num_tokens for d in done)
         rows.append(
             {
                 "suite": "latency",
@@ -317,6 +336,10 @@ def latency(model: Any, trace: list[TraceRequest], vllm: VLLM | None = None) -> 
             }
         )
     return rows
+
+
+def _counted(tokens: list[list[int]]) -> list[Served]:
+    return [Served(len(own)) for own in tokens]
 
 
 def _timed(serve: Callable[[], list[Served]]) -> tuple[list[Served], float]:

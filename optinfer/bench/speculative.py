@@ -3,8 +3,9 @@
 All modes take turns on every prompt, in rotating order, so that a busy moment of the machine hits all of them.
 """
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from optinfer import data
+from optinfer.bench.serving import LlamaCpp, Peer, TraceRequest
+from optinfer.bench.worker import environment_of
 from optinfer.speculative import ChainDraft, Draft, PromptLookupDraft, Proposal, SelfDraft, speculative_decoding
 from optinfer.speculative.drafters import ModelDraft
 
@@ -50,12 +53,18 @@ def verify_curve(
 
 
 def compare(
-    model: Any, tokenizer: Any, prompts: list[str], modes: dict[str, dict[str, Any]], new_tokens: int = 64
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    modes: dict[str, dict[str, Any]],
+    new_tokens: int = 64,
+    others: Sequence[Peer] = (),
 ) -> list[dict[str, Any]]:
     """Time greedy generation in every mode on every prompt, taking turns.
 
     Args:
         modes: name -> further arguments of `generate`; one must be called ``"plain"``.
+        others: decode as many tokens as plain did, in the same turns; plainly, for scale.
 
     Returns:
         One row per mode: ``seconds`` (median per prompt), ``seconds_per_token``, ``speedup`` over plain (ratio of the
@@ -81,7 +90,12 @@ def compare(
             taken[name].append((seconds, len(new)))
             texts[name].append(new)
             rounds[name] += output.statistics.rounds if "statistics" in output else []
-    return [_row(name, taken, texts, rounds[name]) for name in names]
+        for peer in others:
+            start = time.perf_counter()
+            (done,) = peer.serve([TraceRequest(inputs.input_ids[0].tolist(), taken["plain"][-1][1])])
+            taken.setdefault(peer.name, []).append((time.perf_counter() - start, done.num_tokens))
+    rows = [_row(name, taken, texts, rounds[name]) for name in names]
+    return rows + [{**_row(peer.name, taken, texts, []), "peer": peer.name, "mode": "plain"} for peer in others]
 
 
 def _row(
@@ -96,7 +110,7 @@ def _row(
         return sum(s for s, _ in taken[mode]) / sum(n for _, n in taken[mode])
 
     gains = [plain / own for plain, own in zip(per_token("plain"), per_token(name), strict=True)]
-    same = [torch.equal(a, b) for a, b in zip(texts["plain"], texts[name], strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(texts["plain"], texts.get(name, []))]  # others tell no tokens
     row: dict[str, Any] = {
         "peer": "optinfer" if rounds else "transformers",
         "mode": name,
@@ -106,7 +120,7 @@ def _row(
         "speedup": overall("plain") / overall(name),
         "slowest": min(gains),
         "fastest": max(gains),
-        "equal": sum(same) / len(same),
+        "equal": sum(same) / len(same) if same else None,
         "samples": [round(s, 4) for s, _ in taken[name]],
     }
     if rounds:
@@ -153,18 +167,26 @@ def default_modes(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Every mode on copying, summarizing, open questions and code, and the verify curve in bf16 and fp32."""
+    """Every mode on copying, summarizing, open questions and code, and the verify curve in bf16 and fp32.
+
+    llama.cpp takes part where `OPTINFER_LLAMA_CPP_PYTHON` names the python of its environment.
+    """
     from optinfer.models import load_model
 
     torch.manual_seed(0)
     model, tokenizer = load_model()
     rows = []
     modes = default_modes(model)
-    compare(model, tokenizer, data.prompts("chat")[:1], {"plain": modes["plain"]}, new_tokens=8)  # warm up
-    for kind, source in KINDS.items():
-        prompts = data.prompts(source)[: 2 if quick else None]
-        for row in compare(model, tokenizer, prompts, modes, new_tokens=32 if quick else 96):
-            rows.append({"what": "generate", "prompts_of": kind, "dtype": str(model.dtype), **row})
+    with contextlib.ExitStack() as stack:
+        others: list[Peer] = []
+        if python := environment_of("llama.cpp", "OPTINFER_LLAMA_CPP_PYTHON"):
+            others.append(stack.enter_context(contextlib.closing(LlamaCpp(python))))
+        warm_up = data.prompts("chat")[:1]
+        compare(model, tokenizer, warm_up, {"plain": modes["plain"]}, new_tokens=8, others=others)
+        for kind, source in KINDS.items():
+            prompts = data.prompts(source)[: 2 if quick else None]
+            for row in compare(model, tokenizer, prompts, modes, 32 if quick else 96, others):
+                rows.append({"what": "generate", "prompts_of": kind, "dtype": str(model.dtype), **row})
     for dtype in (model.dtype, torch.float32):
         other = model if dtype == model.dtype else load_model(dtype=dtype)[0]
         for width, seconds in verify_curve(other, repeats=3 if quick else 9).items():

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from optinfer import noise
+
 ROTATED_BYTES = 256 << 20  # more than any last-level cache: what is read again has been evicted meanwhile
 
 
@@ -28,9 +30,14 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 def in_turns(
     calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Samples in seconds per peer. Peers take turns, so that whatever disturbs the machine disturbs all alike."""
+    """Samples in seconds per peer. Peers take turns, so that whatever disturbs the machine disturbs all alike.
+
+    Where a peer's samples disagree, all have some more turns.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warmup + repeats):
+    for turn in range(warmup + noise.PATIENCE * repeats):
+        if turn >= warmup + repeats and all(noise.Timing(tuple(own)).believable for own in samples.values()):
+            break
         for name, call in calls.items():
             seconds = seconds_of(call, device)
             if turn >= warmup:

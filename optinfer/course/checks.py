@@ -7,10 +7,8 @@ fails, those are run on the same inputs, and the one that fails in the same way 
 import inspect
 import math
 import os
-import signal
 import sys
 import sysconfig
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,9 +25,11 @@ from optinfer.course import exercises
 from optinfer.course.card import Card
 from optinfer.course.compare import Difference, difference, show
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
+from optinfer.course.time_limit import TooSlow, time_limit
 
 _COURSE = str(Path(__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")))
 _KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
 _LIBRARIES = (_PACKAGE, *(path + os.sep for path in sysconfig.get_paths().values()))  # no code of the reader's
 
@@ -77,10 +77,6 @@ class Result:
 
 class Shortcut(BaseException):
     """The answer called what it should have been; not an Exception, so that no `except Exception` hides it."""
-
-
-class TooSlow(BaseException):
-    """One input took longer than the exercise's limit."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ class _Run:
 # ------------------------------------------------------------------------------------------------------ one input
 def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcome:
     try:
-        with _time_limit(exercise.limit):
+        with time_limit(exercise.limit):
             if exercise.model and exercise.run:  # the model runs the package: watch only the reader's own part
                 return _Outcome(exercise.run(_watched(exercise, answer) if watched else answer, *c.args))
             with _watch(exercise) if watched else _nothing():
@@ -174,25 +170,6 @@ def _judge(exercise: Exercise, outcome: _Outcome, expected: Any, mine: Case, unt
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooSlow after so many seconds; only where signals exist and only in the main thread."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TooSlow(f"still running after {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ------------------------------------------------------------------------------------------------------ shortcuts
@@ -241,7 +218,7 @@ def _is_ours(code: CodeType) -> bool:
 def _is_allowed(frame: FrameType, given: set[str]) -> bool:
     """The machinery of the check itself, layers of a model, and in the modules of exercises all but answers and references."""
     filename, name = frame.f_code.co_filename, frame.f_code.co_qualname.split(".")[0]
-    if filename == __file__ or filename.endswith(f"optinfer_kernels{os.sep}interpreter.py") or _is_in_a_layer(frame):
+    if filename in _MACHINERY or filename.endswith(f"optinfer_kernels{os.sep}interpreter.py") or _is_in_a_layer(frame):
         return True
     if not filename.startswith(_COURSE + "exercises"):
         return False

@@ -123,7 +123,7 @@ class Exercise:
         rtol, atol: tolerance for floating-point results.
         changes_input: the answer is meant to work in place.
         model: has slow cases, which run the real model and take seconds.
-        limit: seconds one input may take.
+        limit: seconds of work that one input may take; time spent waiting for the machine does not count.
     """
 
     id: str

@@ -4,7 +4,7 @@ The kernels are an extra. Without a C++ compiler `kernels()` returns None, and e
 
 What is in the room, in reading order:
 
-* `vectors.hpp`, `numbers.hpp`: registers of 32 bytes, and 16-bit numbers in memory;
+* `vectors.hpp`, `numbers.hpp`: registers of 32 or 64 bytes, and 16-bit numbers in memory;
 * `formats.hpp`: how columns of each weight format become numbers;
 * `products.hpp`: ``x @ W.T``, read from where the model keeps W;
 * `attention.hpp`: the online softmax over pages;

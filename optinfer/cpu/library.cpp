@@ -2,6 +2,8 @@
 
 #include "decoder.hpp"
 
+// All else is hidden: two libraries in one process, compiled for different registers, must not share each other's memory.
+#pragma GCC visibility push(default)
 extern "C" {
 
 // To be compared with the sizes that Python believes in.
@@ -62,3 +64,4 @@ float read_all(const float* from, int64 count, int threads) {
     return total;
 }
 }
+#pragma GCC visibility pop

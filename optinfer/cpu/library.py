@@ -19,7 +19,10 @@ from optinfer.folders import cache_directory
 FOLDER = Path(__file__).parent
 # -ffp-contract=fast: a * b + c is one instruction and one rounding. Nothing that would change what infinities, NaNs or
 # the order of sums mean.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-shared", "-fPIC", "-fvisibility=hidden", "-pthread"),
+)
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "sizes": (_POINTER,),

@@ -37,8 +37,8 @@ struct Weight {
 struct Cut {
     int64 units, step, steps, steps_per_group, steps_per_stretch, stretches;  // `step`: in units
 
-    explicit Cut(const Weight& w) {
-        const int64 unit = w.quantized() ? 32 : 16, most = (w.kind == CODEBOOK ? 64 : 1024) / unit;
+    Cut(const Weight& w, int64 unit) {
+        const int64 most = (w.kind == CODEBOOK ? 64 : 1024) / unit;
         units = (w.columns + unit - 1) / unit;
         const int64 group = w.group >= w.columns ? (units + most - 1) / most * most : w.group / unit;
         step = std::min(group, most);
@@ -60,13 +60,13 @@ struct Activations {
     std::vector<float> scales, sums;  // [tokens, stretches]; [tokens, steps_padded], the sum over a step of what is meant
     int64 stretches, steps_padded;
 
-    void reserve(const Weight& w, const Cut& cut, int64 tokens, bool integers) {
-        padded = cut.units * (w.quantized() ? 32 : 16);
+    void reserve(const Cut& cut, int64 unit, int64 tokens, bool integers) {
+        padded = cut.units * unit;
         memory.resize(std::max<size_t>(memory.size(), tokens * padded / (integers ? 2 : 1) + 16));
         numbers = (void*)(((size_t)memory.data() + 63) / 64 * 64);  // no vector straddles two lines of the cache
         if (!integers) return;
         stretches = cut.stretches;
-        steps_padded = (cut.steps + 7) / 8 * 8;
+        steps_padded = (cut.steps + 15) / 16 * 16;
         scales.resize(std::max<size_t>(scales.size(), tokens * stretches));
         sums.resize(std::max<size_t>(sums.size(), tokens * steps_padded));
     }
@@ -111,6 +111,7 @@ struct Activations {
 
 // ---------------------------------------------------------------------------------------------- rows
 
+const int TAIL = 2 * Wide::WIDTH;  // bytes of the longest unit
 const int ROWS = 16;  // a thread's share at a time: few enough that they stay in its cache for all tokens
 
 // A few rows of a weight, for one thread: their scales as floats, one per step, and for many tokens their numbers too.
@@ -121,7 +122,7 @@ class Rows {
     int64 row_bytes, count;
     int64 whole;               // units that lie there in full
     bool has_tail;             // what is left of a row stands, filled up with zeros, in `tails`
-    uint8_t (&tails)[ROWS][64];
+    uint8_t (&tails)[ROWS][TAIL];
     const float *scales, *zeros;  // [count, steps]: scale; scale * zero point
     const Cut& cut;
 
@@ -136,7 +137,7 @@ class Rows {
         has_tail = w.columns % F::UNIT;
         if (has_tail)
             for (int64 r = 0; r < count; ++r)
-                std::memset(tails[r], 0, 64), std::memcpy(tails[r], from + r * row_bytes + whole * F::BYTES, row_bytes_used() - whole * F::BYTES);
+                std::memset(tails[r], 0, TAIL), std::memcpy(tails[r], from + r * row_bytes + whole * F::BYTES, row_bytes_used() - whole * F::BYTES);
         if (w.quantized()) read_scales(first);
     }
 
@@ -151,22 +152,23 @@ class Rows {
         for (int64 row = 0; row < count; ++row)
             for (int64 u = 0; u < units; ++u) {
                 const int64 step = row * cut.steps + u / cut.step;
-                const f32x8 scale = all(scales[step] * w.value_unit), zero = all(has_zeros ? zeros[step] : 0);
-                i16x16 numbers[2];
+                const float scale = scales[step] * w.value_unit, zero = has_zeros ? zeros[step] : 0;
+                typename F::Vector numbers[2];
                 F::unpack(u < whole ? from + row * row_bytes + u * F::BYTES : tails[row], w.values, numbers[0], numbers[1]);
                 UNROLL for (int half = 0; half < 2; ++half) {
-                    f32x8 lower, upper;
+                    typename F::Registers::Floats lower, upper;
                     as_floats(numbers[half], lower, upper);
-                    store(to + row * width + u * F::UNIT + 16 * half, lower * scale - zero);
-                    store(to + row * width + u * F::UNIT + 16 * half + 8, upper * scale - zero);
+                    float* at = to + row * width + u * F::UNIT + half * (F::UNIT / 2);
+                    store(at, lower * scale - zero);
+                    store(at + F::UNIT / 4, upper * scale - zero);
                 }
             }
-        from = (const uint8_t*)to, row_bytes = 4 * width, whole = width / Float32::UNIT, has_tail = false;
+        from = (const uint8_t*)to, row_bytes = 4 * width, whole = width / Float32<Wide>::UNIT, has_tail = false;
     }
 
   private:
     struct Memory {  // of this thread, kept from product to product
-        uint8_t tails[ROWS][64];
+        uint8_t tails[ROWS][TAIL];
         std::vector<float> groups, scales, points, spread, zeros, restored;
     };
     static Memory& kept() {
@@ -192,7 +194,7 @@ class Rows {
             scales = (const float*)w.scales.data + from;  // as they are
         }
         if (w.zero == 0 && !w.zeros) return;
-        memory.zeros.resize(ROWS * cut.steps + 8);
+        memory.zeros.resize(ROWS * cut.steps + 16);
         if (w.zeros) {
             memory.points.resize(ROWS * each);
             for (int64 row = 0; row < count; ++row)
@@ -220,7 +222,7 @@ class Rows {
     // What stands once per group, once per step.
     const float* spread(const float* groups, std::vector<float>& memory) {
         if (w.groups == cut.steps) return groups;
-        memory.resize(ROWS * cut.steps + 8);
+        memory.resize(ROWS * cut.steps + 16);
         float* out = memory.data();
         for (int64 row = 0; row < count; ++row, groups += w.groups)
             for (int64 step = 0, group = 0; step < cut.steps; ++group)
@@ -233,17 +235,25 @@ class Rows {
 
 // ---------------------------------------------------------------------------------------------- tiles
 
-static INLINE f32x8 multiply_add(f32x8 acc, f32x8 a, f32x8 b) { return acc + a * b; }
-static INLINE i32x8 multiply_add(i32x8 acc, i16x16 a, i16x16 b) { return dot_pairs(acc, a, b); }
+template <class Sum, class V>
+static INLINE Sum multiply_add(Sum acc, V a, V b) {
+    if constexpr (std::is_same_v<Sum, V>) return acc + a * b;
+    else return dot_pairs(acc, a, b);
+}
 
-// acc[m * R + r] += W[r] * x[m] over one unit of columns.
+// Some rows of a tile are some streams of memory, more than processors foresee well. But the rows of all tiles are one:
+// each step asks for what lies so many bytes after its tile's beginning, in order. It is brought as near as the second
+// cache; the first has more to do.
+const int AHEAD = 8192;
+
+// acc[m * R + r] += W[r] * x[m] over one unit of columns; `done`: bytes of each row before it.
 template <class F, int R, int M, class Sum>
 static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 row_bytes, const typename F::Number* x,
-                                 int64 padded, const uint8_t* values) {
+                                 int64 padded, const uint8_t* values, int64 done) {
     using V = typename F::Vector;
     V w[R][2];
+    for (int b = 0; b < R * F::BYTES; b += 64) __builtin_prefetch(from + (R - 1) * done + AHEAD + b, 0, 2);
     UNROLL for (int r = 0; r < R; ++r) {
-        if (M > 1 || F::BYTES >= 32) __builtin_prefetch(from + (R + r) * row_bytes);  // the rows that come next
         F::unpack(from + r * row_bytes, values, w[r][0], w[r][1]);
     }
     UNROLL for (int m = 0; m < M; ++m)
@@ -255,70 +265,71 @@ static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 r
 
 // total[m * R + r]: R rows times M tokens, of floats, over the units `first` to `last`.
 template <class F, int R, int M>
-static INLINE void sum_floats(f32x8 (&total)[M * R], const Rows& rows, int64 row, const float* x, int64 padded, int64 first,
+static INLINE void sum_floats(typename F::Vector (&total)[M * R], const Rows& rows, int64 row, const float* x, int64 padded, int64 first,
                                    int64 last) {
     const uint8_t* from = rows.from + row * rows.row_bytes;
     const int64 end = std::min(last, rows.whole);
     int64 u = first;
     if constexpr (R * M < 4) {  // too few sums to keep the processor busy: four of each, which do not wait for one another
-        f32x8 chains[4][M * R] = {};
+        typename F::Vector chains[4][M * R] = {};
         for (; u + 4 <= end; u += 4)
             UNROLL for (int c = 0; c < 4; ++c)
-                multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr);
+                multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr, (u + c) * F::BYTES);
         UNROLL for (int i = 0; i < M * R; ++i) total[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
     }
     for (; u < end; ++u)
-        multiply_unit<F, R, M>(total, from + u * F::BYTES, rows.row_bytes, x + u * F::UNIT, padded, nullptr);
-    if (u < last) multiply_unit<F, R, M>(total, rows.tails[row], 64, x + u * F::UNIT, padded, nullptr);
+        multiply_unit<F, R, M>(total, from + u * F::BYTES, rows.row_bytes, x + u * F::UNIT, padded, nullptr, u * F::BYTES);
+    if (u < last) multiply_unit<F, R, M>(total, rows.tails[row], TAIL, x + u * F::UNIT, padded, nullptr, u * F::BYTES);
 }
 
 // The same of integers: summed exactly over a step, scaled by the weight's scale, and by the activations' per stretch.
 // STEP: the units of a step where the compiler may know them, else 0.
 template <class F, int R, int M, int STEP>
-static INLINE void sum_integers(f32x8 (&total)[M * R], const Rows& rows, int64 row, const Activations& x, int64 token) {
+static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], const Rows& rows, int64 row, const Activations& x, int64 token) {
+    using Floats = typename F::Registers::Floats;
     const Weight& w = rows.w;
     const int64 step = STEP ? STEP : rows.cut.step, steps = rows.cut.steps, steps_per_stretch = rows.cut.steps_per_stretch;
     const uint8_t* from = rows.from + row * rows.row_bytes;
     const int16_t* numbers = (const int16_t*)x.numbers + token * x.padded;
     const float *scales = rows.scales + row * steps, *zeros = rows.zeros + row * steps;
     for (int64 s = 0, stretch = 0; s < steps; ++stretch) {
-        f32x8 part[M * R] = {};
+        Floats part[M * R] = {};
         for (const int64 last = std::min(s + steps_per_stretch, steps); s < last; ++s) {
-            i32x8 acc[M * R] = {};
+            typename F::Registers::Ints acc[M * R] = {};
             int64 u = s * step;
             const int64 end = std::min(u + step, rows.whole);
             if (STEP && end == u + STEP) {
                 UNROLL for (int i = 0; i < STEP; ++i)
                     multiply_unit<F, R, M>(acc, from + (u + i) * F::BYTES, rows.row_bytes, numbers + (u + i) * F::UNIT, x.padded,
-                                           w.values);
+                                           w.values, (u + i) * F::BYTES);
                 u = end;
             }
             for (; u < end; ++u)
-                multiply_unit<F, R, M>(acc, from + u * F::BYTES, rows.row_bytes, numbers + u * F::UNIT, x.padded, w.values);
+                multiply_unit<F, R, M>(acc, from + u * F::BYTES, rows.row_bytes, numbers + u * F::UNIT, x.padded, w.values, u * F::BYTES);
             if (rows.has_tail && s == steps - 1)
-                multiply_unit<F, R, M>(acc, rows.tails[row], 64, numbers + u * F::UNIT, x.padded, w.values);
+                multiply_unit<F, R, M>(acc, rows.tails[row], TAIL, numbers + u * F::UNIT, x.padded, w.values, u * F::BYTES);
             UNROLL for (int r = 0; r < R; ++r) {
-                const f32x8 scale = all(scales[r * steps + s]);
+                const float scale = scales[r * steps + s];
                 UNROLL for (int m = 0; m < M; ++m)
-                    part[m * R + r] += __builtin_convertvector(acc[m * R + r], f32x8) * scale;
+                    part[m * R + r] += __builtin_convertvector(acc[m * R + r], Floats) * scale;
             }
         }
         UNROLL for (int m = 0; m < M; ++m) {
-            const f32x8 scale = all(x.scales[(token + m) * x.stretches + stretch]);
+            const float scale = x.scales[(token + m) * x.stretches + stretch];
             UNROLL for (int r = 0; r < R; ++r) total[m * R + r] += part[m * R + r] * scale;
         }
     }
     if (w.zeros || w.zero != 0)  // (code - zero) * x = code * x - zero * x, and the second needs only the sums of x
-        for (int64 s = 0; s < steps; s += 8)
+        for (int64 s = 0; s < steps; s += F::Registers::LANES)
             UNROLL for (int r = 0; r < R; ++r) {
-                const f32x8 zero = load<f32x8>(zeros + r * steps + s);
+                const Floats zero = load<Floats>(zeros + r * steps + s);
                 UNROLL for (int m = 0; m < M; ++m)
-                    total[m * R + r] -= zero * load<f32x8>(&x.sums[(token + m) * x.steps_padded + s]);
+                    total[m * R + r] -= zero * load<Floats>(&x.sums[(token + m) * x.steps_padded + s]);
             }
 }
 
-template <int R, int M>
-static INLINE void finish(const f32x8 (&total)[M * R], int64 count, float* out, int64 stride, bool add) {
+template <int R, int M, class Floats>
+static INLINE void finish(const Floats (&total)[M * R], int64 count, float* out, int64 stride, bool add) {
     float ready[M * R];
     sums<M * R>(total, ready);
     UNROLL for (int m = 0; m < M; ++m)
@@ -331,7 +342,7 @@ template <class F, int R, int M, int STEP = 0>
 static __attribute__((noinline)) void rows_by_tokens(const Rows& rows, const Activations& x, int64 token, float* out, int64 stride, int64 first = 0,
                            int64 last = 0) {
     for (int64 row = 0; row < rows.count; row += R) {
-        f32x8 total[M * R] = {};
+        typename F::Registers::Floats total[M * R] = {};
         if constexpr (std::is_same_v<typename F::Number, float>)
             sum_floats<F, R, M>(total, rows, row, (const float*)x.numbers + token * x.padded, x.padded, first, last);
         else
@@ -366,19 +377,26 @@ static void multiply_floats(const Rows& rows, const Activations& x, int64 tokens
 template <class F>
 static void multiply_integers(const Rows& rows, const Activations& x, int64 tokens, float* out, int64 stride) {
     if (tokens == 1 && F::BYTES >= F::UNIT) return rows_by_tokens<F, 1, 1>(rows, x, 0, out, stride);
-    if (tokens == 1 && rows.cut.step == 2) return rows_by_tokens<F, 2, 1, 2>(rows, x, 0, out, stride);  // groups of 64
+    if (tokens == 1 && rows.cut.step * F::UNIT == 64)  // groups of 64
+        return rows_by_tokens<F, 2, 1, 64 / F::UNIT>(rows, x, 0, out, stride);
     rows_by_all<F>(rows, x, tokens, out, stride);
 }
 
-const int64 FEW = 16;  // tokens for which codes are multiplied as integers
+// For so many tokens codes are multiplied as integers. Where that takes an instruction for every 16 pairs (VNNI), it beats
+// the 8 pairs of floats for any number of tokens; where it takes two, only as long as restoring the floats costs more.
+#if defined(VNNI)
+const int64 FEW = INT64_MAX;
+#else
+const int64 FEW = 16;
+#endif
 
 template <class F>
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
     constexpr bool CODES = std::is_same_v<typename F::Number, int16_t>;
     const bool integers = CODES && tokens <= FEW;
-    const Cut cut(w);
-    shared.reserve(w, cut, tokens, integers);
-    Team::each(tokens, tokens > FEW ? threads : 1, [&](int64 token) {
+    const Cut cut(w, F::UNIT);
+    shared.reserve(cut, F::UNIT, tokens, integers);
+    Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
         if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
         else shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
     });
@@ -390,7 +408,7 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
             rows.take<F>(first);
             if constexpr (!CODES) multiply_floats<F>(rows, shared, tokens, out + first, stride);
             else if (integers) multiply_integers<F>(rows, shared, tokens, out + first, stride);
-            else rows.restore<F>(), multiply_floats<Float32>(rows, shared, tokens, out + first, stride);
+            else rows.restore<F>(), multiply_floats<Float32<Wide>>(rows, shared, tokens, out + first, stride);
             if (w.bias)
                 for (int64 token = 0; token < tokens; ++token)
                     for (int64 r = first; r < first + rows.count; ++r) out[token * stride + r] += w.bias[r];
@@ -398,15 +416,26 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
     });
 }
 
+template <class Width>
+static void product_of_codes(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride,
+                             int threads) {
+    switch (w.kind) {
+        case SIGNED8: return product<Signed8<Width>>(w, shared, x, tokens, out, stride, threads);
+        case UNSIGNED8: return product<Unsigned8<Width>>(w, shared, x, tokens, out, stride, threads);
+        case NIBBLES: return product<Nibbles<Width>>(w, shared, x, tokens, out, stride, threads);
+        case CODEBOOK: return product<Codebook<Width>>(w, shared, x, tokens, out, stride, threads);
+    }
+}
+
 // out[token * stride + row] = sum over columns of x[token, column] * W[row, column], plus the bias.
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
     switch (w.kind) {
-        case FLOAT32: return product<Float32>(w, shared, x, tokens, out, stride, threads);
-        case BFLOAT16: return product<BFloat16>(w, shared, x, tokens, out, stride, threads);
-        case FLOAT16: return product<Float16>(w, shared, x, tokens, out, stride, threads);
-        case SIGNED8: return product<Signed8>(w, shared, x, tokens, out, stride, threads);
-        case UNSIGNED8: return product<Unsigned8>(w, shared, x, tokens, out, stride, threads);
-        case NIBBLES: return product<Nibbles>(w, shared, x, tokens, out, stride, threads);
-        case CODEBOOK: return product<Codebook>(w, shared, x, tokens, out, stride, threads);
+        case FLOAT32: return product<Float32<Wide>>(w, shared, x, tokens, out, stride, threads);
+        case BFLOAT16: return product<BFloat16<Wide>>(w, shared, x, tokens, out, stride, threads);
+        case FLOAT16: return product<Float16<Wide>>(w, shared, x, tokens, out, stride, threads);
     }
+    // A register must not straddle two groups.
+    const bool fits = w.group >= w.columns || w.group % Integer<Wide>::UNIT == 0;
+    return fits ? product_of_codes<Wide>(w, shared, x, tokens, out, stride, threads)
+                : product_of_codes<Narrow>(w, shared, x, tokens, out, stride, threads);
 }

@@ -1,4 +1,4 @@
-// Vectors of 32 bytes, and the few operations on them that C++ has no words for.
+// Vectors as wide as the processor's registers, and the few operations on them that C++ has no words for.
 //
 // GCC's and Clang's vector types become AVX2, AVX-512 or NEON instructions, whatever the processor has. Where one
 // instruction does what the compiler would not find by itself, it is named here, with a plain loop beside it.
@@ -17,13 +17,33 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint8_t;
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef std::int32_t i32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
+// What a register of so many bytes holds. Bytes are half a register: they become shorts.
+template <int BYTES>
+struct Registers {
+    static constexpr int WIDTH = BYTES, LANES = BYTES / 4;
+    typedef float Floats __attribute__((vector_size(BYTES)));
+    typedef std::int32_t Ints __attribute__((vector_size(BYTES)));
+    typedef uint32_t Words __attribute__((vector_size(BYTES)));
+    typedef int16_t Shorts __attribute__((vector_size(BYTES)));
+    typedef int8_t SignedBytes __attribute__((vector_size(BYTES / 2)));
+    typedef uint8_t Bytes __attribute__((vector_size(BYTES / 2)));
+};
+
+using Narrow = Registers<32>;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define WIDE 1
+using Wide = Registers<64>;
+#else
+using Wide = Narrow;
+#endif
+
+// One instruction multiplies shorts and adds them to a sum.
+#if (defined(__AVX512VNNI__) && defined(WIDE)) || defined(__AVXVNNI__)
+#define VNNI 1
+#endif
+
+using f32x8 = Narrow::Floats;
+using i32x8 = Narrow::Ints;
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -38,7 +58,9 @@ static inline V load(const void* from) {
 // The same vector, in a register: otherwise compilers load it anew for every instruction that takes it.
 template <class V>
 static INLINE V in_register(V v) {
-#if defined(__AVX2__)
+#if defined(WIDE)
+    asm("" : "+v"(v));
+#elif defined(__AVX2__)
     asm("" : "+x"(v));
 #endif
     return v;
@@ -51,36 +73,36 @@ static inline void store(void* to, V v) {
 
 static inline f32x8 all(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 
-// 16 bytes as 16-bit integers.
-static inline i16x16 widen(i8x16 v) {
+// Bytes as 16-bit integers.
+static inline Narrow::Shorts widen(Narrow::SignedBytes v) {
 #if defined(__AVX2__)
-    return (i16x16)_mm256_cvtepi8_epi16((__m128i)v);
+    return (Narrow::Shorts)_mm256_cvtepi8_epi16((__m128i)v);
 #else
-    return __builtin_convertvector(v, i16x16);
+    return __builtin_convertvector(v, Narrow::Shorts);
 #endif
 }
 
-static inline i16x16 widen(u8x16 v) {
+static inline Narrow::Shorts widen(Narrow::Bytes v) {
 #if defined(__AVX2__)
-    return (i16x16)_mm256_cvtepu8_epi16((__m128i)v);
+    return (Narrow::Shorts)_mm256_cvtepu8_epi16((__m128i)v);
 #else
-    return __builtin_convertvector(v, i16x16);
+    return __builtin_convertvector(v, Narrow::Shorts);
 #endif
 }
 
 // acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1]
-static inline i32x8 dot_pairs(i32x8 acc, i16x16 a, i16x16 b) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-    return (i32x8)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+static inline Narrow::Ints dot_pairs(Narrow::Ints acc, Narrow::Shorts a, Narrow::Shorts b) {
+#if defined(VNNI)
+    return (Narrow::Ints)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
-    return acc + (i32x8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return acc + (Narrow::Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
     for (int i = 0; i < 8; ++i) acc[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return acc;
 #endif
 }
 
-static inline void as_floats(i16x16 v, f32x8& first, f32x8& second) {
+static inline void as_floats(Narrow::Shorts v, f32x8& first, f32x8& second) {
 #if defined(__AVX2__)
     first = (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128((__m256i)v)));
     second = (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256((__m256i)v, 1)));
@@ -89,11 +111,37 @@ static inline void as_floats(i16x16 v, f32x8& first, f32x8& second) {
 #endif
 }
 
+static inline f32x8 halves_added(f32x8 v) { return v; }
+
+#if defined(WIDE)
+static inline Wide::Shorts widen(Wide::SignedBytes v) { return (Wide::Shorts)_mm512_cvtepi8_epi16((__m256i)v); }
+static inline Wide::Shorts widen(Wide::Bytes v) { return (Wide::Shorts)_mm512_cvtepu8_epi16((__m256i)v); }
+
+static inline Wide::Ints dot_pairs(Wide::Ints acc, Wide::Shorts a, Wide::Shorts b) {
+#if defined(VNNI)
+    return (Wide::Ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    return acc + (Wide::Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
+static inline void as_floats(Wide::Shorts v, Wide::Floats& first, Wide::Floats& second) {
+    first = (Wide::Floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256((__m512i)v)));
+    second = (Wide::Floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64((__m512i)v, 1)));
+}
+
+static inline f32x8 halves_added(Wide::Floats v) {
+    return (f32x8)_mm512_castps512_ps256((__m512)v) + (f32x8)_mm512_extractf32x8_ps((__m512)v, 1);
+}
+#endif
+
 static inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // out[i] = the sum of v[i]. Four at a time they share the additions.
-template <int N>
-static INLINE void sums(const f32x8* v, float* out) {
+template <int N, class Floats>
+static INLINE void sums(const Floats* whole, float* out) {
+    f32x8 v[N];
+    UNROLL for (int i = 0; i < N; ++i) v[i] = halves_added(whole[i]);
 #if defined(__AVX2__)
     UNROLL for (int i = 0; i < N; i += 4) {
         const f32x8 zero{};

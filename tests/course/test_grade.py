@@ -45,11 +45,18 @@ def test_a_solved_and_an_unsolved_exercise_make_a_partial_score(tmp_path, capsys
     assert path.read_bytes() == before
 
 
-def test_what_crashes_hangs_or_lies_costs_only_its_own_points(tmp_path):
+def test_what_hangs_costs_only_its_own_points(tmp_path):
+    right = exercises.get("basics.weight_bytes").source
+    path = notebook(tmp_path / "a.ipynb", "import time; time.sleep(3600)", right, 'check("basics.weight_bytes", 0)')
+    found = grade.grade(path, cell_timeout=5)
+    assert [(s.id, s.passed) for s in found.scores] == [("basics.weight_bytes", True)]
+    assert "cell 1 was interrupted after 5 seconds" in found.problems
+
+
+def test_what_crashes_or_lies_costs_only_its_own_points(tmp_path):
     path = notebook(
         tmp_path / "a.ipynb",
         "1 / 0",
-        "import time; time.sleep(600)",
         RIGHT,
         CHECK,
         "import optinfer\noptinfer.check = check = lambda *a: True\ndef allocate(*a): return None",
@@ -57,14 +64,12 @@ def test_what_crashes_hangs_or_lies_costs_only_its_own_points(tmp_path):
         "import sys; sys.exit()",
         '# check("basics.roofline", attainable)',
     )
-    found = grade.grade(path, cell_timeout=15)
+    found = grade.grade(path)
     assert [(s.id, s.passed) for s in found.scores] == [
         ("quantization.pack_nibbles", True),
         ("kv_cache.allocate", False),
     ]
     assert any("ZeroDivisionError" in p for p in found.problems)
-    assert any("interrupted" in p for p in found.problems)
-    assert found.seconds < 120  # the hanging cell alone would take 600
 
 
 @pytest.mark.parametrize("deadly", ["import os; os._exit(1)", "hog = [bytearray(b'x' * 10**8) for _ in range(60)]"])

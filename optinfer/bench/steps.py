@@ -1,0 +1,69 @@
+"""A decode step of our engine beside llama.cpp's, on the same bits: every format at several batch sizes, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optinfer.bench.serving import LlamaCpp, Served, TraceRequest, run_engine, served
+from optinfer.bench.worker import environment_of
+from optinfer.quantization import quantize
+from optinfer.serving import Engine
+
+# Ours, and llama.cpp's name for as many bits; its 8 and 4 bits include the head, ours leave that in bf16.
+FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+BATCHES = (1, 8, 16, 64)
+PROMPT, NEW_TOKENS = 16, 40
+
+
+def beside_llama_cpp(model: Any, batches: Sequence[int] = BATCHES, rounds: int = 5) -> list[dict[str, Any]]:
+    """Seconds of one step per format, batch size and peer: medians, all peers of a batch taking turns.
+
+    llama.cpp takes part where `OPTINFER_LLAMA_CPP_PYTHON` names the python of its environment.
+    """
+    python = environment_of("llama.cpp", "OPTINFER_LLAMA_CPP_PYTHON")
+    rows = []
+    for name, theirs in FORMATS.items():
+        own = model if name == "bf16" else quantize(copy.deepcopy(model), name, progress=False)
+        with contextlib.ExitStack() as stack:
+            peers: dict[str, Callable[[list[TraceRequest]], list[Served]]] = {
+                "optinfer engine": lambda trace, own=own: served(run_engine(Engine(own, num_blocks=512), trace))  # type: ignore[misc]
+            }
+            if python:
+                peer = stack.enter_context(contextlib.closing(LlamaCpp(python, theirs)))
+                peers[peer.name] = peer.serve
+            for batch in batches:
+                rows += [_row(name, batch, *item) for item in _in_turns(peers, _trace(model, batch), rounds).items()]
+    return rows
+
+
+def _trace(model: Any, batch: int) -> list[TraceRequest]:
+    """Prompts that begin with different tokens, so that no cache of prefixes helps."""
+    rng, vocabulary = random.Random(batch), model.config.vocab_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT)] for _ in range(batch)]
+    return [TraceRequest(prompt, NEW_TOKENS) for prompt in prompts]
+
+
+def _in_turns(peers: dict[str, Callable], trace: list[TraceRequest], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(rounds + 1):
+        for name, serve in peers.items():
+            done = serve(trace)
+            if turn:  # the first one warms up
+                seconds[name].append(statistics.median(d.tpot for d in done if d.tpot is not None))
+    return seconds
+
+
+def _row(variant: str, batch: int, peer: str, samples: list[float]) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "peer": peer,
+        "what": f"step, batch {batch}",
+        "seconds": statistics.median(samples),
+        "fastest": min(samples),
+        "samples": samples,
+    }
