@@ -33,8 +33,8 @@ def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> 
         "label": f"batch {batch}",
         "batch": batch,
         "seconds": seconds,
-        "flops": 2.0 * shape.parameters_read_per_token * batch,
-        "bytes": shape.parameters_read_per_token * itemsize + kv_bytes,
+        "flops": 2.0 * shape.active_parameters * batch,
+        "bytes": shape.active_parameters * itemsize + kv_bytes,
     }
 
 
