@@ -180,7 +180,8 @@ def judge_cache(model: Any, tokens: Tensor, make_cache: Callable[[], Cache], pro
     full, other = DynamicCache(config=model.config), make_cache()
     p, q = (_read(model, tokens, cache, prompt).log_softmax(-1) for cache in (full, other))
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item() / len(p)
-    whole = sum([tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values)])
+    held: Any = full.layers
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
     nbytes = other.nbytes if isinstance(other, SmallerCache) else whole
     return Judgement(kl, (p.argmax(-1) == q.argmax(-1)).float().mean().item(), nbytes, nbytes / whole)
 

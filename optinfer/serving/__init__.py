@@ -6,14 +6,18 @@ from optinfer.serving.output import UnknownRequest
 from optinfer.serving.records import ChunkRecord, EngineStats, StepRecord
 from optinfer.serving.request import Completion, Delta, Request, RequestMetrics, SamplingParams, Sequence
 from optinfer.serving.scheduler import Schedule, ScheduledChunk, Scheduler
+from optinfer.serving.traffic import Arrival, Promise, Rehearsal, Service, StepCost, arrival_times, knee, serve
 
 __all__ = [
+    "Arrival",
     "ChunkRecord",
     "Completion",
     "Delta",
     "Engine",
     "EngineStats",
     "ModelRunner",
+    "Promise",
+    "Rehearsal",
     "Request",
     "RequestMetrics",
     "SamplingParams",
@@ -21,6 +25,11 @@ __all__ = [
     "ScheduledChunk",
     "Scheduler",
     "Sequence",
+    "Service",
+    "StepCost",
     "StepRecord",
     "UnknownRequest",
+    "arrival_times",
+    "knee",
+    "serve",
 ]
