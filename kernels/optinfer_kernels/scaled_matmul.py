@@ -29,9 +29,10 @@ def tile_for(arch: int) -> tuple[int, int, int]:
 @triton.jit
 def scaled_matmul_kernel(
     x_ptr, x_scale_ptr, codes_ptr, scale_ptr, out_ptr, M, N, K,
-    alpha_ptr, X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ALPHA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    alpha_ptr, X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] (bfloat16, or microscaled like the weights), W [N, K] in FORMAT, out [M, N] bfloat16. Grid (M tiles, N tiles)."""
+    """x [M, K] bfloat16, or microscaled like the weights; W [N, K] in FORMAT; out [M, N] bfloat16. Grid (M tiles, N tiles)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
