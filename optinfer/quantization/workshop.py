@@ -95,10 +95,11 @@ class Design:
         """
         from optinfer_kernels.quantized_builds import compile_quantized
 
-        book = tuple(value / max(map(abs, self.values)) for value in self.values)
-        steps = {round(value * 7, 6) for value in book}
-        if steps <= {float(i) for i in range(-8, 8)} and len(steps) >= 15:  # evenly spaced: arithmetic will do
+        levels = torch.tensor(self.values, dtype=torch.float64)
+        steps = levels.sort().values.diff()
+        if torch.allclose(steps, steps[0], rtol=1e-6):  # evenly spaced: arithmetic will do
             return compile_quantized("int4", arch, group_size=max(32, self.block)).instructions_per_weight
+        book = tuple((levels / levels.abs().max()).tolist())
         return compile_quantized(
             "codebook", arch, group_size=max(32, self.block), codebook=book
         ).instructions_per_weight
