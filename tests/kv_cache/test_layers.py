@@ -8,7 +8,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, cache_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -102,10 +102,12 @@ def weigh(cache: Any) -> int:
 @pytest.mark.parametrize("name", TINY)
 def test_bytes_are_those_that_transformers_allocates(name: str) -> None:
     config = tiny(name)
+    layers = cache_layers(config)
+    if any(layer.kind == "linear" for layer in layers) and not hasattr(cache_utils, "LinearAttentionLayer"):
+        pytest.skip("this transformers keeps the states of linear layers elsewhere")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     cache = DynamicCache(config=config)
-    layers = cache_layers(config)
     tokens = torch.randint(3, 60, (1, 21))
     with torch.no_grad():
         for start, end in ((0, 5), (5, 6), (6, 20), (20, 21)):
@@ -162,6 +164,8 @@ def weigh_against_transformers(name: str) -> bool | None:
     try:
         config = CONFIG_MAPPING[name]().get_text_config()
         layers = cache_layers(config)
+        if any(layer.kind == "linear" for layer in layers) and not hasattr(cache_utils, "LinearAttentionLayer"):
+            return None
     except Exception:  # configurations without defaults, and what we refuse
         return None
     try:

@@ -219,6 +219,18 @@ def test_products(scheme: str, dtype: torch.dtype) -> None:
         assert float((got.double() - wanted).norm() / wanted.norm()) < (0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_the_kernels_for_codebooks_read_mxfp4() -> None:
+    """E2M1 is a codebook of sixteen values: the Triton kernel (interpreted here) needs nothing new."""
+    pytest.importorskip("triton")
+    weight, x = weights(16, 64).half(), torch.randn(2, 64).half()
+    q = quantize_blocks(weight, "mxfp4")
+    wanted = x.double() @ q.dequantize(torch.float64).T
+    got = quantized_matmul(x, q, backend="triton").double()
+    assert float((got - wanted).norm() / wanted.norm()) < 2e-3
+    with pytest.raises(ValueError, match="cannot take"):  # blocks of 16 are smaller than a tile's
+        quantized_matmul(x, quantize_blocks(weight, "nvfp4"), backend="triton")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_plain_transformers_loads_the_files(model, scheme: str, tmp_path) -> None:
     pytest.importorskip("compressed_tensors")
