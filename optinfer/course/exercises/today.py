@@ -438,6 +438,8 @@ def _goodput_cases(draw: Draw) -> Iterator[Case]:
     yield case(
         "eleven tokens in 1.1 seconds have ten gaps of 0.11", [(0.0, 0.5, 1.6, 11), (0.0, 0.5, 1.0, 11)], 1.0, 0.105
     )
+    yield case("kept to the dot", [(0.0, 1.0, 2.0, 5)], 1.0, 0.25)
+    yield case("two tokens, far apart", [(0.0, 0.5, 5.5, 2), (0.0, 0.5, 1.0, 2)], 1.0, 1.0)
     yield case("one token has no between", [(0.0, 0.5, 0.5, 1)], 1.0, 0.01)
     yield case("nobody", [(0.0, 5.0, 6.0, 3), (1.0, 8.0, 9.0, 3)], 1.0, 0.1)
 
