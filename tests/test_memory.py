@@ -4,14 +4,17 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optinfer import memory
+from optinfer.kv_cache import kv_bytes
 from optinfer.widgets.memory_calculator import MemoryCalculator
 
 SCRIPT = Path(memory.__file__).parent / "widgets" / "memory_calculator.js"
@@ -27,6 +30,8 @@ def test_parameters_equal_the_real_model(layers: int, heads: tuple[int, int], vo
         model = LlamaForCausalLM(config)
     shape = memory.ModelShape.of(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
+    counted = memory.ModelShape.llama("llama", layers, heads[0] * 8, 37, *heads, 8, vocabulary, tied)
+    assert shape == counted
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert shape.linear_parameters == sum(m.weight.numel() for m in linear)
 
@@ -39,6 +44,62 @@ def test_published_figures() -> None:
     assert memory.MODELS["Llama-3-70B"].parameters == 70_553_706_496
     assert memory.MODELS["Llama-3-70B"].kv_bytes_per_token() == 320 * 1024
     assert memory.MODELS["Llama-2-13B"].kv_bytes_per_token() == 800 * 1024
+
+
+def published(name: str) -> Any:
+    """The configuration that the model was published with; what is not given here is the class's default."""
+    wanted = {
+        "Gemma-3-27B": ("Gemma3TextConfig", {"hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+                        "num_hidden_layers": 62, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024}),
+        "GPT-OSS-20B": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32}),
+        "GPT-OSS-120B": ("GptOssConfig", {}),
+        "Llama-4-Scout": ("Llama4TextConfig", {}),
+        "Kimi-Linear-48B": ("KimiLinearConfig", {"layer_types": [
+            "full_attention" if i % 4 == 0 or i == 27 else "linear_attention" for i in range(1, 28)]}),
+        "Qwen3-Next-80B": ("Qwen3NextConfig", {}),
+        "DeepSeek-V3": ("DeepseekV3Config", {}),
+    }  # fmt: skip
+    kind, changed = wanted[name]
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    return getattr(transformers, kind)(**changed)
+
+
+TODAY = [
+    "Gemma-3-27B",
+    "GPT-OSS-20B",
+    "GPT-OSS-120B",
+    "Llama-4-Scout",
+    "Kimi-Linear-48B",
+    "Qwen3-Next-80B",
+    "DeepSeek-V3",
+]
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_presets_are_counted_from_their_configurations(name: str) -> None:
+    assert memory.ModelShape.of(published(name), name) == memory.MODELS[name]
+
+
+def test_published_figures_of_today() -> None:
+    """Model cards and reports, in billions: GPT-OSS (2508.10925, table 1), DeepSeek-V3 (2412.19437), Kimi Linear (2510.26692),
+    Gemma 3 without its vision tower (2503.19786, table 1: the decoder's layers)."""
+    billions = {name: (shape.parameters / 1e9, shape.active_parameters / 1e9) for name, shape in memory.MODELS.items()}
+    assert billions["GPT-OSS-120B"] == pytest.approx((116.83, 5.13), abs=0.005)
+    assert billions["GPT-OSS-20B"] == pytest.approx((20.91, 3.61), abs=0.005)
+    assert billions["DeepSeek-V3"][0] == pytest.approx(671, abs=0.5)
+    embedding = 129_280 * 7168 / 1e9
+    assert billions["DeepSeek-V3"][1] + embedding == pytest.approx(37, abs=0.6)  # the report counts the embedding
+    assert billions["Kimi-Linear-48B"] == pytest.approx((49, 3.1), abs=0.15)
+    assert memory.MODELS["Gemma-3-27B"].linear_parameters / 1e6 == pytest.approx(25_600, abs=5)
+    assert memory.MODELS["DeepSeek-V3"].kv_bytes_per_token() == 70_272
+    assert memory.MODELS["Qwen3-Next-80B"].kv_bytes_per_token() == 24_576
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_the_plan_and_the_cache_chapter_count_alike(name: str) -> None:
+    for tokens in (1, 100, 5000, 100_000):
+        assert memory.MODELS[name].kv_bytes(tokens) == sum(kv_bytes(published(name), tokens).values())
 
 
 def test_cache_of_a_real_model() -> None:
@@ -60,7 +121,7 @@ def test_fits() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="context must be positive, not 0"):
         memory.plan(memory.MODELS["Mistral-7B"], context=0)
-    with pytest.raises(ValueError, match="not that of a Llama-style decoder"):
+    with pytest.raises(ValueError, match="does not describe an attention model"):
         memory.ModelShape.of(object())
     with pytest.raises(ValueError, match="model must be one of"):
         MemoryCalculator(model="GPT-5")

@@ -28,8 +28,8 @@ def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> 
             model(token, past_key_values=cache)
 
         kv_bytes = batch * context * shape.kv_bytes_per_token(8 * itemsize)
-        flops = 2.0 * shape.parameters_read_per_token * batch
-        moved = shape.parameters_read_per_token * itemsize + kv_bytes
+        flops = 2.0 * shape.active_parameters * batch
+        moved = shape.active_parameters * itemsize + kv_bytes
         least = hardware.this_machine().least_seconds(flops, moved)
         timing = hardware.timing(step, model.device, repeats, least=least)
     return {

@@ -1,42 +1,66 @@
-"""How large is the KV cache of one token, and how many requests fit?"""
+"""How large is the KV cache, and how many requests fit?"""
 
 from math import ceil
 from typing import Any
 
 from optinfer.kv_cache.block_manager import _positive
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-SCALE_BYTES = 4  # int8 keeps one fp32 scale per token and head, for keys and for values
+from optinfer.kv_cache.layers import BYTES, cache_layers
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, KV heads, head dimension) of a transformers configuration.
+    """(layers, KV heads, head dimension) of a transformers configuration whose layers all keep keys and values alike.
 
     Query heads that share a KV head (grouped-query attention) add nothing to the cache.
+
+    Raises ValueError: a layer keeps something else (a latent, a state, another layer's keys), or layers differ.
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    try:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return config.num_hidden_layers, kv_heads, head_dim
-    except AttributeError as error:
-        raise ValueError(f"config does not describe an attention model: {error}") from error
+    layers = cache_layers(config)
+    for layer in layers:
+        if layer.kind not in ("full", "sliding", "chunked"):
+            raise ValueError(f"pages hold keys and values; this model has layers of kind {layer.kind!r}")
+    shapes = {(layer.heads, layer.key_dim, layer.value_dim) for layer in layers}
+    heads, key_dim, value_dim = shapes.pop()
+    if shapes or key_dim != value_dim:
+        raise ValueError("pages hold keys and values of one shape; in this model they differ")
+    return len(layers), heads, key_dim
 
 
-def kv_bytes_per_token(config: Any, dtype: Any = "bfloat16") -> int:
-    """Bytes that one token occupies in all layers: 2 (key and value) x layers x KV heads x head_dim x bytes.
+def kv_bytes(config: Any, tokens: int = 1, dtype: Any = "bfloat16") -> dict[str, int]:
+    """Bytes that one sequence of `tokens` tokens keeps, by kind of layer (see `optinfer.kv_cache.layers`).
 
     Args:
         config: a transformers configuration, or any object with its field names.
-        dtype: float32, float16, bfloat16 or int8 (then with its scales), as a string or a torch dtype.
+        tokens: of the sequence, the newest one included.
+        dtype: float32, float16, bfloat16 or int8 (then with its scales), as a string or a torch dtype. The recurrent state of
+            a linear layer stays in float32.
+
+    Raises:
+        ValueError: an unknown dtype or kind of layer.
+
+    >>> from types import SimpleNamespace
+    >>> kv_bytes(SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, hidden_size=32), tokens=10)
+    {'full': 2560}
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(_BYTES)}, got {dtype!r}")
-    layers, kv_heads, head_dim = kv_shape(config)
-    per_head = head_dim * _BYTES[name] + (SCALE_BYTES if name == "int8" else 0)
-    return 2 * layers * kv_heads * per_head
+    name, tokens = _dtype(dtype), _positive("tokens", tokens)
+    found: dict[str, int] = {}
+    for layer in cache_layers(config):
+        found[layer.kind] = found.get(layer.kind, 0) + layer.nbytes(tokens, name)
+    return found
+
+
+def kv_bytes_per_token(config: Any, dtype: Any = "bfloat16", length: int = 0) -> int:
+    """Bytes that the next token of a sequence adds in all layers.
+
+    For keys and values: 2 x layers x KV heads x head_dim x bytes. A layer whose window is full adds nothing, nor does a
+    layer that keeps a state or reads another layer's keys; the fixed size of a state is in `kv_bytes`.
+
+    Args:
+        config, dtype: see `kv_bytes`.
+        length: tokens of the sequence so far. 0 counts all layers that keep tokens at all, as pages without windows do.
+    """
+    name = _dtype(dtype)
+    growing = (layer for layer in cache_layers(config) if layer.window is None or length < layer.window)
+    return sum(layer.bytes_per_token(name) for layer in growing)
 
 
 def num_blocks_for(memory_bytes: int, config: Any, dtype: Any = "bfloat16", block_size: int = 16) -> int:
@@ -52,3 +76,10 @@ def num_sequences_that_fit(
     """Requests of `tokens` tokens each that fit in `memory_bytes` at the same time, sharing nothing."""
     blocks_each = ceil(_positive("tokens", tokens) / _positive("block_size", block_size))
     return num_blocks_for(memory_bytes, config, dtype, block_size) // blocks_each
+
+
+def _dtype(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES:
+        raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
+    return name

@@ -1,5 +1,7 @@
 """Checkpoints that others load: compressed-tensors, GPTQ, AWQ and bitsandbytes, as transformers and vLLM read them.
 
+Small floats (fp8, mxfp8, mxfp4, nvfp4) are compressed-tensors too, see `block_checkpoint`.
+
 =====================  ==========================================================  ====================================
 format                 tensors of a linear layer ``[out, in]``, groups of ``g``     packing
 =====================  ==========================================================  ====================================
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 
 from optinfer.folders import new_folder
 from optinfer.quantization.bitsandbytes_format import write_bitsandbytes
+from optinfer.quantization.block_checkpoint import convert_blocks
+from optinfer.quantization.block_floats import BlockFloats
+from optinfer.quantization.checks import CheckpointError
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.tensor import QuantizedTensor
 
@@ -36,10 +41,6 @@ __all__ = ["FORMATS", "CheckpointError", "pack_int32", "save_checkpoint", "unpac
 
 FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns sits in nibble 0, 1 …: the order AWQ's kernel unpacks in
-
-
-class CheckpointError(ValueError):
-    """The model cannot be written in this format, or not here; the message says why. Nothing was written."""
 
 
 # ------------------------------------------------------------------------------------------------------ int32 words
@@ -121,7 +122,8 @@ def save_checkpoint(
     Args:
         model: a transformers model whose linears were quantized by `quantize`, `gptq`, `awq`, `qat` …
         path: the folder to make; it must not exist.
-        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
+        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and
+            fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
             ``"bitsandbytes"`` (nf4, fp4, llm_int8). Quantize with ``symmetric=True`` for compressed-tensors: transformers
             (5.23, with compressed-tensors 0.20) cannot load affine files, not even those that library writes itself,
             because it expects zero points unpacked. vLLM and the library's own decompressor read them; writing one warns.
@@ -148,6 +150,10 @@ def save_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         return target
+    blocks = {name: q for name, q in layers.items() if isinstance(q, BlockFloats)}
+    if blocks:
+        tensors, config = convert_blocks(layers, blocks, format, _plain_linears(model))
+        return _write(model, target, tensors | _other_tensors(model, layers, None), config, tokenizer, None)
     _check_uniform(layers, format)
     if format == "compressed-tensors" and not next(iter(layers.values())).symmetric:
         warnings.warn(
@@ -188,7 +194,7 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
     """Stored tensors by full name, and the `quantization_config`."""
     first = next(iter(layers.values()))
     per_row = all(q.block_size == q.shape[1] for q in layers.values())
-    plain = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    plain = _plain_linears(model)
     group = -1 if per_row else first.block_size
     tensors: dict[str, Tensor] = {}
     if format == "compressed-tensors":
@@ -236,6 +242,10 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
         "version": "gemm",
         "modules_to_not_convert": [name for name in plain if name != "lm_head"] or None,
     }
+
+
+def _plain_linears(model: Any) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
 
 
 def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_block_size", "check_choice", "check_finite", "check_weight"]
+__all__ = ["CheckpointError", "check_block_size", "check_choice", "check_finite", "check_weight"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class CheckpointError(ValueError):
+    """The model cannot be written in this format, or not here; the message says why. Nothing was written."""
 
 
 def check_weight(weight: Tensor, name: str = "weight", ndim: int | None = 2) -> None:

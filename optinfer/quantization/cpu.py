@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight, kernels, linear
+from optinfer.quantization.block_floats import E2M1, BlockFloats
 from optinfer.quantization.formats import DYNAMIC_INT8, codebook
 from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
@@ -29,6 +30,12 @@ def as_cpu_weight(q: QuantizedTensor, bias: Tensor | None = None) -> CpuWeight |
     if len(q.shape) != 2 or q.group_index is not None or q.scheme == "llm_int8":
         return None
     rows, columns = q.shape
+    if isinstance(q, BlockFloats):  # E2M1 is a codebook; its scales are read as float32
+        if q.bits == 8 or columns % q.block_size:
+            return None
+        return CpuWeight.codebook_codes(
+            q.packed, (rows, columns), q.block_size, torch.tensor(E2M1), q.scales().view(-1), bias=bias
+        )
     if q.is_codebook:
         if isinstance(q.scale, NestedScale):
             nested = (_DYNAMIC, q.scale.absmax, q.scale.offset)

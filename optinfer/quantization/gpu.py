@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optinfer import hardware
+from optinfer.quantization.block_floats import E2M1, BlockFloats
 from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.tensor import NestedScale as NestedTensor
 from optinfer.quantization.tensor import QuantizedTensor
@@ -54,7 +55,11 @@ def as_kernel_weight(q: QuantizedTensor) -> QuantizedWeight | None:
     rows, columns = q.shape
     nested = None
     codebook: tuple[float, ...] | None
-    if q.is_codebook:
+    if isinstance(q, BlockFloats):  # E2M1 is a codebook; its scales are read as float32
+        if q.bits == 8 or columns % q.block_size:
+            return None
+        codes, scale, codebook = q.packed, q.scales(), E2M1
+    elif q.is_codebook:
         if columns % q.block_size:  # a block goes on in the next row
             return None
         codes, codebook = q.packed.view(rows, columns // 2), tuple(CODEBOOKS[q.scheme])

@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optinfer.quantization.checks import check_weight
+from optinfer.quantization.checks import FLOAT_DTYPES, check_weight
 from optinfer.quantization.linear import QuantizedLinear, parameter_name
 from optinfer.quantization.model import linear_layers, replace_module
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -208,7 +208,7 @@ def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:
     """Raise ValueError if a layer's tensors are not what its scheme stores."""
-    if layer.weight.is_floating_point():
+    if layer.weight.dtype in FLOAT_DTYPES:
         raise ValueError(f"{name}.weight is missing from the checkpoint")
     stored = layer.scheme.stored((layer.out_features, layer.in_features), layer.dtype)
     for tensor, (shape, dtype) in stored.items():
@@ -221,5 +221,5 @@ def _check_loaded(name: str, layer: QuantizedLinear) -> None:
                 f"{key} is {value.dtype} {tuple(value.shape)} in the checkpoint; {layer.scheme.name} stores "
                 f"{dtype} {tuple(shape)}"
             )
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError(f"{key} has NaN or Inf values: the checkpoint is damaged")

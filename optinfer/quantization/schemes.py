@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.quantization.block_floats import BLOCK_FORMATS, BlockFloats, check_block, quantize_blocks, stored_blocks
 from optinfer.quantization.checks import check_block_size, check_choice
 from optinfer.quantization.formats import CODEBOOKS
 from optinfer.quantization.four_bit import quantize_4bit
@@ -24,8 +25,8 @@ class Scheme:
     """A scheme with its options settled.
 
     Attributes:
-        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4``.
-        block_size: weights per scale; 0: one scale per row.
+        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4``.
+        block_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
         double_quant: nf4 and fp4 only: store the scales in 8 bits too.
         symmetric: int2 … int8 only: no zero points.
         threshold: llm_int8 only: features this large stay in 16 bits.
@@ -41,10 +42,16 @@ class Scheme:
 
     @property
     def bits(self) -> int:
+        if self.name in BLOCK_FORMATS:
+            return BLOCK_FORMATS[self.name].bits
         return 4 if self.name in CODEBOOKS else 8 if self.name == "llm_int8" else int(self.name[3:])
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Quantize one weight ``[out, in]``."""
+        if self.name in BLOCK_FORMATS:
+            return quantize_blocks(
+                weight, self.name, {0: "channel", -1: "tensor"}.get(self.block_size, self.block_size)
+            )
         if self.name in CODEBOOKS:
             return quantize_4bit(weight, self.name, self.block_size, self.double_quant)
         if self.name == "llm_int8":
@@ -53,6 +60,8 @@ class Scheme:
 
     def stored(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that `quantize` stores, by the names of `QuantizedTensor.tensors`."""
+        if self.name in BLOCK_FORMATS:
+            return stored_blocks(BLOCK_FORMATS[self.name], self.block_size, shape)
         rows, columns = shape
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
         if self.name in CODEBOOKS:
@@ -86,6 +95,12 @@ class Scheme:
 
     def assemble(self, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
         """The QuantizedTensor around stored tensors: the inverse of `QuantizedTensor.tensors`."""
+        if self.name in BLOCK_FORMATS:
+            block = self.block_size if self.block_size > 0 else shape[1]
+            return BlockFloats(
+                tensors["packed"], tensors["scale"], torch.Size(shape), dtype, self.name, self.bits, block,
+                tensor_scale=tensors.get("tensor_scale"),
+            )  # fmt: skip
         scale: Tensor | NestedScale
         if self.double_quant:
             scale = NestedScale(tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"])
@@ -109,6 +124,11 @@ class Scheme:
     @classmethod
     def of(cls, q: QuantizedTensor) -> Scheme:
         """The scheme that a quantized tensor was made by."""
+        if isinstance(q, BlockFloats):
+            assert isinstance(q.scale, Tensor)
+            wholes: dict[tuple[int, ...], int] = {(1, 1): -1, (q.shape[0], 1): 0}
+            whole = wholes.get(tuple(q.scale.shape), q.block_size)
+            return cls(q.scheme, q.format.block or whole)
         per_row = not q.is_codebook and q.block_size == q.shape[1]
         return cls(
             q.scheme,
@@ -129,6 +149,10 @@ SCHEMES: dict[str, Scheme] = {
     "int2": Scheme("int2", 64),
     "nf4": Scheme("nf4", 64),
     "fp4": Scheme("fp4", 64),
+    "fp8": Scheme("fp8"),
+    "mxfp8": Scheme("mxfp8", 32),
+    "mxfp4": Scheme("mxfp4", 32),
+    "nvfp4": Scheme("nvfp4", 16),
 }
 
 
@@ -143,7 +167,8 @@ def resolve_scheme(
 
     Args:
         block_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
-            ``"channel"`` for one scale per row; llm_int8 has one per row always.
+            ``"channel"`` for one scale per row; llm_int8 has one per row always; fp8: ``"channel"``, ``"tensor"`` or 128;
+            the MX formats and nvfp4 have blocks of their own.
 
     Raises:
         ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not
@@ -154,8 +179,12 @@ def resolve_scheme(
     is_codebook, is_llm_int8 = name in CODEBOOKS, name == "llm_int8"
     if double_quant and not is_codebook:
         raise ValueError(f"double_quant goes with nf4 and fp4, not with scheme={name!r}")
-    if not symmetric and (is_codebook or is_llm_int8):
+    if not symmetric and (is_codebook or is_llm_int8 or name in BLOCK_FORMATS):
         raise ValueError(f"symmetric=False goes with int2, int3, int4 and int8, not with scheme={name!r}")
+    if name in BLOCK_FORMATS:
+        check_block(BLOCK_FORMATS[name], None if block_size == -1 else block_size)
+        words = {None: scheme.block_size, "channel": 0, "tensor": -1}
+        return replace(scheme, block_size=words.get(block_size, block_size))  # type: ignore[arg-type]
     if threshold < 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold!r}")
     if block_size is None or (is_llm_int8 and block_size == 0):

@@ -20,10 +20,23 @@ from optinfer.speculative.theory import (
     optimal_gamma,
     speedup,
 )
+from optinfer.speculative.tree import (
+    DraftTree,
+    HeadTree,
+    LookupTree,
+    TreeOutput,
+    accept_drawn,
+    accept_path,
+    drawn_law,
+    tree_decoding,
+)
 
 __all__ = [
     "ChainDraft",
     "Draft",
+    "DraftTree",
+    "HeadTree",
+    "LookupTree",
     "ModelDraft",
     "PromptLookupDraft",
     "Proposal",
@@ -32,7 +45,11 @@ __all__ = [
     "SpeculativeOutput",
     "Statistics",
     "TextDraft",
+    "TreeOutput",
+    "accept_drawn",
+    "accept_path",
     "break_even_alpha",
+    "drawn_law",
     "expected_tokens",
     "greedy_accept",
     "operations",
@@ -41,4 +58,5 @@ __all__ = [
     "rejection_sample",
     "speculative_decoding",
     "speedup",
+    "tree_decoding",
 ]

@@ -1,17 +1,28 @@
 // The same count as optinfer/memory.py; a test holds the two equal.
 function plan(shape, { weight_bits, kv_bits, context, requests, prefill_chunk = 2048 }) {
   const weights = (shape.linear * weight_bits) / 8 + shape.other * 2;
-  const kvPerToken = (2 * shape.layers * shape.kv_heads * shape.head_dim * kv_bits) / 8;
+  const kept = (group) => (group.window === null ? context : Math.min(context, group.window));
+  const bytes = (group) => (kept(group) * group.per_token * kv_bits) / 8 + group.state_bytes;
+  const perRequest = shape.cache.reduce((sum, group) => sum + bytes(group), 0);
   const tokens = Math.min(prefill_chunk, context * requests);
   const activations =
     tokens * (2 * shape.hidden + 3 * shape.intermediate) * 2 + requests * shape.vocabulary * 4;
-  return { weights, kv_cache: kvPerToken * context * requests, activations };
+  return { weights, kv_cache: perRequest * requests, activations };
 }
 
 const WEIGHT_BITS = [
   [16, "16 bits (bf16)"], [8, "8 bits (int8)"], [4.5, "4.5 bits (NF4, blocks of 64)"],
   [4.127, "4.127 bits (NF4, double quantization)"], [3.25, "3.25 bits (int3, groups of 64)"],
 ];
+// What layers keep, in words; the kinds of optinfer/kv_cache/layers.py.
+const KEPT = {
+  full: () => "keys and values of all tokens",
+  sliding: (window) => `of the last ${window.toLocaleString("en-US")} tokens`,
+  chunked: (window) => `of a chunk of ${window.toLocaleString("en-US")} tokens`,
+  latent: () => "one latent per token for all heads",
+  linear: () => "a state of fixed size",
+  shared: () => "an earlier layer's",
+};
 const KV_BITS = [[16, "16 bits"], [8, "8 bits"], [4, "4 bits"]];
 
 function gigabytes(bytes) {
@@ -62,8 +73,9 @@ function render({ model, el }) {
   const total = element("div", { class: "oi-total", "aria-live": "polite" });
   const legend = element("div", { class: "oi-legend" });
   const bars = element("div");
+  const facts = element("div", { class: "oi-facts" });
   const root = element("div", { class: "oi oi-mem" },
-    element("div", { class: "oi-controls" }, ...controls.map((c) => c.node)), total, legend, bars);
+    element("div", { class: "oi-controls" }, ...controls.map((c) => c.node)), total, legend, facts, bars);
   el.append(root);
 
   function draw() {
@@ -76,6 +88,10 @@ function render({ model, el }) {
     total.textContent = `${gigabytes(sum)} GB`;
     legend.replaceChildren(...parts.map(([cls, name, bytes]) =>
       element("span", {}, element("span", { class: `oi-swatch ${cls}` }), `${name} ${gigabytes(bytes)} GB`)));
+    const share = shape.active < 0.9 * (shape.linear + shape.other)
+      ? `${(shape.active / 1e9).toFixed(1)} of ${((shape.linear + shape.other) / 1e9).toFixed(0)} billion parameters work on a token. ` : "";
+    facts.textContent = `${share}Layers keep: ` +
+      shape.cache.map((group) => `${group.layers} × ${KEPT[group.kind](group.window)}`).join("; ");
     bars.replaceChildren(...Object.entries(model.get("gpus")).map(([gpu, gb]) => {
       const scale = Math.max(sum, gb * 1e9);
       const track = element("div", { class: "oi-track", "aria-hidden": "true" });

@@ -47,7 +47,39 @@ function encodeIndex(value, format, absmax) {
   return { fields: [["index", binary(best, format.bits)]], value: format.table[best] * scale, code: best, scale };
 }
 
-function encode(value, format, absmax) {
+// The scale of a block whose largest magnitude is absmax: a power of two (E8M0), or E4M3 under one number for the tensor.
+function blockScale(format, absmax, whole) {
+  if (absmax === 0) return 1;
+  if (format.scale === "e8m0") {
+    let power = Math.floor(Math.log2(absmax));
+    while (2 ** power > absmax) power--;
+    while (2 ** (power + 1) <= absmax) power++;
+    return 2 ** (power + (absmax / 2 ** power >= 1.75 ? 1 : 0) - 2);
+  }
+  const tensor = (448 * format.max) / whole;
+  return (encodeFloat((absmax / format.max) * tensor, { exponent: 4, mantissa: 3, max: 448 }).value || 0.125) / tensor;
+}
+
+function encodeSmall(value, format, absmax, whole) {
+  const scale = blockScale(format, absmax, whole), magnitude = Math.abs(value) / scale;
+  let best = 0;
+  for (let i = 1; i < 8; i++) {
+    const nearer = Math.abs(format.table[i] - magnitude) - Math.abs(format.table[best] - magnitude);
+    if (nearer < 0 || (nearer === 0 && i % 2 === 0)) best = i;
+  }
+  const code = value < 0 ? best + 8 : best, digits = binary(code, 4);
+  const fields = [["sign", digits[0]], ["exponent", digits.slice(1, 3)], ["mantissa", digits[3]]];
+  return { fields, value: format.table[code] * scale, code, scale };
+}
+
+// The largest magnitude among those that share number i's scale.
+function largestAround(list, i, format) {
+  const start = format.block ? i - (i % format.block) : 0;
+  return Math.max(...list.slice(start, format.block ? start + format.block : undefined).map(Math.abs));
+}
+
+function encode(value, format, absmax, whole = absmax) {
+  if (format.kind === "block") return encodeSmall(value, format, absmax, whole);
   if (format.kind === "float") return encodeFloat(value, format);
   return format.kind === "integer" ? encodeInteger(value, format, absmax) : encodeIndex(value, format, absmax);
 }
@@ -119,6 +151,8 @@ function render({ model, el }) {
   function draw() {
     const list = values(), index = model.get("index"), value = list[index];
     const absmax = Math.max(...list.map(Math.abs));
+    const whole = Math.max(absmax, model.get("blocks")[model.get("block")].tensor_absmax || 0);
+    const coded = (i, format) => encode(list[i], format, largestAround(list, i, format), whole);
     picker.value = model.get("block");
     if (document.activeElement !== number || typed === null) number.value = Number(value.toPrecision(9));
     reset.disabled = typed === null;
@@ -131,12 +165,12 @@ function render({ model, el }) {
       return cell;
     }));
     if (focused) cells.children[index].focus();
-    caption.textContent = `Number ${index} of a block of ${list.length}: ${short(value)}${typed === null ? "" : " (typed)"}. The block's absmax is ${short(absmax)}; INT8, INT4, NF4 and FP4 are scaled by it.`;
+    caption.textContent = `Number ${index} of a block of ${list.length}: ${short(value)}${typed === null ? "" : " (typed)"}. The block's absmax is ${short(absmax)}; INT8, INT4, NF4 and FP4 are scaled by it, MXFP4 and NVFP4 by that of their 32 and 16.`;
     body.replaceChildren(...model.get("formats").map((format) => {
-      const own = encode(value, format, absmax);
+      const own = coded(index, format);
       const error = value === 0 ? 0 : Math.abs(own.value - value) / Math.abs(value);
       const norm = Math.sqrt(list.reduce((s, v) => s + v * v, 0));
-      const wrong = Math.sqrt(list.reduce((s, v) => s + (encode(v, format, absmax).value - v) ** 2, 0));
+      const wrong = Math.sqrt(list.reduce((s, v, i) => s + (coded(i, format).value - v) ** 2, 0));
       const stored = element("td", { class: "oi-mono" }, own.code === undefined ? short(own.value) : String(Number(own.value.toPrecision(4))));
       if (own.code !== undefined) {
         const level = format.kind === "integer" ? own.code : Number(format.table[own.code].toPrecision(4));
@@ -167,4 +201,4 @@ function render({ model, el }) {
   draw();
 }
 
-export default { render };
+export default { render, encode, largestAround };

@@ -1,10 +1,11 @@
-"""The number-format inspector: one number in nine formats, bit by bit, inside the block that it shares a scale with."""
+"""The number-format inspector: one number in eleven formats, bit by bit, inside the block that it shares a scale with."""
 
 from pathlib import Path
 from typing import Any
 
 import traitlets
 
+from optinfer.quantization.block_floats import BLOCK_FORMATS, E2M1
 from optinfer.quantization.formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
 
@@ -24,7 +25,8 @@ class NumberFormats(StaticWidget):
     Formats of eight bits and fewer that need a scale share one per block, so a typed outlier spoils its neighbours.
 
     Traits:
-        blocks: dicts of ``name`` and ``values``, weights that share a scale.
+        blocks: dicts of ``name`` and ``values``, weights that share a scale, and perhaps ``tensor_absmax``, the largest
+            magnitude of the tensor that they are from: NVFP4 has a scale for it.
         block, index: the weight that is picked.
         formats: what the script needs to know about each format.
     """
@@ -51,6 +53,11 @@ class NumberFormats(StaticWidget):
             }
             for f in FORMATS.values()
         ]
+        scales = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
+        for name, scale in scales.items():
+            form = BLOCK_FORMATS[name]
+            shared = {"bits": 4, "kind": "block", "table": list(E2M1), "max": form.largest}
+            self.formats = [*self.formats, {"name": name.upper(), "scale": scale, "block": form.block} | shared]
 
     @classmethod
     def of_model(cls, model: Any, block_size: int = 64, count: int = 4) -> "NumberFormats":
@@ -60,7 +67,11 @@ class NumberFormats(StaticWidget):
         layers = list(linear_layers(model).items())
         chosen = [layers[i * (len(layers) - 1) // max(1, count - 1)] for i in range(count)]
         blocks = [
-            {"name": name, "values": linear.weight.detach().reshape(-1)[:block_size].float().tolist()}
+            {
+                "name": name,
+                "values": linear.weight.detach().reshape(-1)[:block_size].float().tolist(),
+                "tensor_absmax": float(linear.weight.detach().abs().max()),
+            }
             for name, linear in chosen
         ]
         return cls(blocks=blocks)
@@ -74,4 +85,21 @@ class NumberFormats(StaticWidget):
             pattern = f.encode(value / scale)
             bits = " ".join(field for _, field in f.fields(pattern))
             lines.append(f"{f.name:9} {bits}  = {f.decode(pattern) * scale:.6g}")
+        for name in ("mxfp4", "nvfp4"):
+            q, restored = self.in_blocks(name)
+            lines.append(f"{name.upper():9} {int(q.codes()[0, self.index]):04b}  = {restored[self.index]:.6g}")
         return "\n".join(lines)
+
+    def in_blocks(self, scheme: str) -> "tuple[Any, list[float]]":
+        """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
+        import torch
+
+        from optinfer.quantization.block_floats import quantize_blocks
+
+        block: Any = self.blocks[self.block]
+        values = torch.tensor(block["values"])[None]
+        whole = max(float(values.abs().max()), block.get("tensor_absmax", 0.0))
+        rest = torch.zeros(1, -values.shape[1] % 32 + 32)
+        rest[0, -1] = whole  # a block of its own, for the tensor's scale
+        q = quantize_blocks(torch.cat([values, rest], 1), scheme)
+        return q, q.dequantize()[0, : values.shape[1]].tolist()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
+from optinfer.course.exercises import today
 
 
 # --------------------------------------------------------------------------------------------------- bytes
@@ -897,4 +898,16 @@ cache.""",
     ),
 )
 
-EXERCISES = (BYTES, WASTE, SLOTS, ALLOCATE, COPY_ON_WRITE, BLOCK_HASHES, CACHED_TOKENS, EVICTION, PAGED, STORE)
+EXERCISES = (
+    BYTES,
+    WASTE,
+    SLOTS,
+    ALLOCATE,
+    COPY_ON_WRITE,
+    BLOCK_HASHES,
+    CACHED_TOKENS,
+    EVICTION,
+    PAGED,
+    STORE,
+    *today.KV_CACHE,
+)

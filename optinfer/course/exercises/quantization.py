@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
+from optinfer.course.exercises import today
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -908,4 +909,15 @@ weights) by the package's 4-bit layers, which read *your* bytes, and lets the mo
     ),
 )
 
-EXERCISES = (ABSMAX, AFFINE, PACK, UNPACK, GROUPS, NF4_LEVELS, NF4_QUANTIZE, LLM_INT8, IN_THE_MODEL)
+EXERCISES = (
+    ABSMAX,
+    AFFINE,
+    PACK,
+    UNPACK,
+    GROUPS,
+    NF4_LEVELS,
+    NF4_QUANTIZE,
+    LLM_INT8,
+    IN_THE_MODEL,
+    *today.QUANTIZATION,
+)

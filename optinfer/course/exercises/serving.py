@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case
+from optinfer.course.exercises import today
 
 
 # --------------------------------------------------------------------------------------------------- latency
@@ -552,4 +553,4 @@ Steps count from 0. A request admitted in step 4 that wants 3 tokens ends in ste
     ),
 )
 
-EXERCISES = (LATENCIES, MAX_SEQUENCES, TOP_P, ADMIT, CHUNKED, PREEMPT, SERVE)
+EXERCISES = (LATENCIES, MAX_SEQUENCES, TOP_P, ADMIT, CHUNKED, PREEMPT, SERVE, *today.SERVING)

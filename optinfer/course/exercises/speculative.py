@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
+from optinfer.course.exercises import today
 
 
 # --------------------------------------------------------------------------------------------------- arithmetic
@@ -767,4 +768,4 @@ model with prompt lookup.""",
     ),
 )
 
-EXERCISES = (EXPECTED_TOKENS, ACCEPTANCE, RESIDUAL, GREEDY, REJECTION, LOOKUP, BEST_LENGTH, LOOP)
+EXERCISES = (EXPECTED_TOKENS, ACCEPTANCE, RESIDUAL, GREEDY, REJECTION, LOOKUP, BEST_LENGTH, LOOP, *today.SPECULATIVE)
