@@ -78,7 +78,7 @@ def quantized_matmul_fast_kernel(
     codes_ptrs = codes_ptr + n[:, None] * row_bytes + octet[None, :]
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    group = split * per_split // GROUP
+    group = tl.minimum(split * per_split, K - 1) // GROUP  # the last splits may have no columns at all
     scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + group, n < N, NESTED)
     for start in tl.range(split * per_split, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

@@ -120,11 +120,14 @@ PARTS = {
 }
 
 
+TOO_MANY = "setp.eq.u32 %p3, %r0, 40;\n@%p3 mbarrier.arrive.shared::cta.b64 _, [%r6+512], 33;"
+
+
 @pytest.mark.parametrize("change, kind", [
     ({}, None),
     ({"wait": ""}, "race: read after write"),
     ({"visible": ""}, "mbarrier used before its init is visible"),
-    ({"arrive": PARTS["arrive"].replace("512]", "512], 33")}, "mbarrier with too many arrivals"),
+    ({"arrive": TOO_MANY}, "mbarrier with too many arrivals"),
 ])  # fmt: skip
 def test_mbarriers(change, kind):
     found = kinds(MBARRIER.format(**PARTS | change), threads=64)

@@ -46,9 +46,29 @@ def _is_float(kind: str) -> bool:
     return kind[0] == "f" or kind.startswith("bf")
 
 
+def is_mixed(i: Instruction) -> bool:
+    """ "Mixed Precision Floating Point": add.f32.bf16 and the like."""
+    return i.parts[-2] == "f32" and last_type(i) in ("f16", "bf16")
+
+
+def mixed(m, i: Instruction, function: Callable, narrow: int) -> Action:
+    """The first `narrow` sources are of 16 bits, the last and the result float32."""
+    sources = [m.bits(o, np.uint16) for o in i.operands[1 : 1 + narrow]]
+    d, last = m.value(i.operands[0], "f32"), m.value(i.operands[-1], "f32")
+    kind = last_type(i)
+
+    def run(mask):
+        wide = function(*(unpack(s, kind) for s in sources), last.astype(np.float64))
+        np.copyto(d, wide.astype(np.float32), where=mask)
+
+    return run
+
+
 @instruction("add", "sub", operands=3, modifiers=ROUNDING)
 def add(m, i):
     kind = last_type(i)
+    if is_mixed(i):
+        return mixed(m, i, BINARY[i.parts[0]], 1)
     return elementwise(m, i, BINARY[i.parts[0]], kind if _is_float(kind) else unsigned(kind))
 
 
@@ -100,6 +120,8 @@ def high_half(a, b):
 @instruction("fma", operands=4, modifiers="rn ftz")
 def fused_multiply_add(m, i):
     kind = last_type(i)
+    if is_mixed(i):
+        return mixed(m, i, lambda a, b, c: a * b + c, 2)
     if kind != "f32":
         return elementwise(m, i, lambda a, b, c: a * b + c, kind)  # packed ones are float64 inside
     d, a, b, c = (m.value(o, kind) for o in i.operands)

@@ -88,9 +88,11 @@ class Machine:
         special["tid.x"][:] = self.thread
         for axis, size in zip("xyz", (self.threads, 1, 1)):
             special[f"ntid.{axis}"][:] = size
-        bit = np.uint64(1) << self.lane.astype(np.uint64)
         special |= {"laneid": self.lane.astype(np.uint32), "warpid": (self.thread // 32).astype(np.uint32)}
-        special |= {"lanemask_lt": (bit - np.uint64(1)).astype(np.uint32), "lanemask_eq": bit.astype(np.uint32)}
+        lane, others = self.lane[:, None], np.arange(32)
+        for name, chosen in {"lt": others < lane, "le": others <= lane, "eq": others == lane, "ge": others >= lane,
+                             "gt": others > lane}.items():  # fmt: skip
+            special[f"lanemask_{name}"] = np.packbits(chosen, axis=1, bitorder="little").view(np.uint32)[:, 0]
         return special
 
     # ---- operands, as arrays [threads] that stay the same for the whole run
