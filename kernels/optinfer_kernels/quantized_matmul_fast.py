@@ -190,5 +190,8 @@ def quantized_matmul(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), part, out, out.numel(), SPLITS=splits, BLOCK=1024)
+        block = 512  # four numbers per thread, one load of 16 bytes: whole sectors
+        launch(
+            add_splits_kernel, (triton.cdiv(out.numel(), block),), part, out, out.numel(), SPLITS=splits, BLOCK=block
+        )
     return out

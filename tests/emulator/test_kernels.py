@@ -157,6 +157,16 @@ def test_splits_without_columns_read_nothing(n, k, splits):
     assert not gpu.findings, gpu.findings
 
 
+def test_the_sum_of_splits_reads_whole_sectors():
+    """Each thread's numbers fit one load: with eight of them every sector was asked for twice."""
+    w, x = make_weight("int4", 64, 1024, 64), torch.randn(2, 1024).bfloat16()
+    with emulate(90, check=False) as gpu:
+        fast.quantized_matmul(x, w, splits=4)
+    totals = gpu.runs[-1].totals()
+    assert gpu.runs[-1].name == "add_splits_kernel"
+    assert totals.sectors == totals.least_sectors
+
+
 @pytest.mark.parametrize("arch", [75, 80])
 @pytest.mark.parametrize("scheme", ["nf4", "nf4 nested", "int4 affine", "int8"])
 def test_quantized_matmul_readable(arch, scheme):
