@@ -34,13 +34,26 @@ BUGS = {  # kind -> (where, what instead)
         r"(shfl\.sync\.bfly\.b32[^;]*, )([12])(, 31, -1;)",
         lambda m: f"{m[1]}{3 - int(m[2])}{m[3]}",
     ),
-    "a mask off by one": (r"setp\.lt\.s32(\s+%p\d+, %r\d+, %r\d+;)", lambda m: f"setp.le.s32{m[1]}"),
 }
-# kernel, architecture, sizes (several tiles, a ragged end), options, the least share that must be seen
+MASK = r"setp\.lt\.s32(\s+%p\d+, %r\d+, )(%r\d+);"  # column < length: off by one wherever this length stands
+# The least share of each kind that must be seen. Some block barriers protect nothing at any length, some masks stand before
+# another mask that says the same, some waits come after one for the same phase: nobody can see those missing.
+LEAST = {
+    "a block barrier dropped": 0.1,
+    "one copy group too few waited for": 1.0,
+    "a wait for wgmma dropped": 1.0,
+    "a proxy fence dropped": 0.5,
+    "a wait for an mbarrier dropped": 0.8,
+    "16 bytes too many expected": 1.0,
+    "an arrival dropped": 0.6,
+    "the wrong lane in a shuffle": 1.0,
+    "a mask off by one": 0.5,
+}
+# kernel, architecture, sizes (several tiles, a ragged end), options
 SUBJECTS = [
-    ("flash_attention", 80, (1, 1, 1, 140, 330, 64), {"causal": True}, 0.7),
-    ("flash_attention_tma", 90, (1, 1, 1, 140, 330, 64), {"causal": True}, 0.7),
-    ("flash_attention_ws", 90, (1, 1, 1, 140, 650, 64), {}, 0.7),
+    ("flash_attention", 80, (1, 1, 1, 140, 330, 64), {"causal": True}),
+    ("flash_attention_tma", 90, (1, 1, 1, 140, 330, 64), {"causal": True}),
+    ("flash_attention_ws", 90, (1, 1, 1, 140, 650, 64), {}),
 ]
 PER_KIND = 8
 
@@ -50,10 +63,13 @@ def planted(ptx):
         places = list(re.finditer(pattern, ptx))
         for m in places[:: max(1, len(places) // PER_KIND)]:
             yield kind, ptx[: m.start()] + change(m) + ptx[m.end() :]
+    for length in sorted({m[2] for m in re.finditer(MASK, ptx)})[:PER_KIND]:
+        wrong = re.sub(MASK, lambda m: f"setp.le.s32{m[1]}{m[2]};" if m[2] == length else m[0], ptx)  # noqa: B023
+        yield "a mask off by one", wrong
 
 
-@pytest.mark.parametrize("kernel, arch, sizes, options, share", SUBJECTS, ids=lambda x: x if isinstance(x, str) else "")
-def test_planted_bugs_are_seen(kernel, arch, sizes, options, share, capsys):
+@pytest.mark.parametrize("kernel, arch, sizes, options", SUBJECTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_planted_bugs_are_seen(kernel, arch, sizes, options, capsys):
     tensors = cases.inputs(*sizes)
 
     def verdict(edit=None):
@@ -75,5 +91,5 @@ def test_planted_bugs_are_seen(kernel, arch, sizes, options, share, capsys):
         print()
         for kind, found in scores.items():
             print(f"{kernel} sm_{arch}: {kind}: {dict(found)}")
-    seen = sum(found.total() - found["missed"] for found in scores.values())
-    assert seen >= share * sum(found.total() for found in scores.values())
+    shares = {kind: 1 - found["missed"] / found.total() for kind, found in scores.items()}
+    assert all(share >= LEAST[kind] for kind, share in shares.items()), shares
