@@ -1,4 +1,4 @@
-"""The command line: ``optinfer doctor | lab | fetch | bench | quantize | export | grade | progress``."""
+"""The command line: ``optinfer doctor | lab | fetch | bench | quantize | export | grade | profile | progress``."""
 
 import argparse
 import sys
@@ -70,6 +70,11 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     if "export" in argv:
         _add_export_arguments(export)
 
+    profile = commands.add_parser("profile", help="what a Triton kernel does on a GPU that is not here, counted")
+    profile.set_defaults(command=_profile)
+    if "profile" in argv:
+        _add_profile_arguments(profile)
+
     progress = commands.add_parser("progress", help="which exercises are solved")
     progress.set_defaults(command=_progress)
     return parser
@@ -109,6 +114,18 @@ def _export(args: argparse.Namespace) -> int:
     from optinfer.quantization.command import export_command
 
     return export_command(args)
+
+
+def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from optinfer.profile import add_profile_arguments
+
+    add_profile_arguments(parser)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from optinfer.profile import profile_command
+
+    return profile_command(args)
 
 
 def _progress(args: argparse.Namespace) -> int:

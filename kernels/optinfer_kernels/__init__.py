@@ -5,6 +5,8 @@
     flash_attention_ws    warp-specialized, Hopper
     interpreter           run any kernel on a CPU, in this process
     compile               compile any kernel for a GPU that is not here
+    emulator              execute what was compiled, without a GPU: checks and counts
+    memory_check          watch what an interpreted kernel reads and writes
 
 This package itself imports no Triton; its modules do, and say so with `TritonMissing` where there is none.
 """

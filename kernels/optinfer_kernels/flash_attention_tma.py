@@ -148,8 +148,8 @@ def flash_attention(
         return out.zero_(), lse.fill_(-torch.inf) if return_lse else None  # TMA cannot describe an empty tensor
     tile = tile or choose_tile(q)
     programs = triton.cdiv(a.q_len, tile.block_m) * a.heads * a.batch
-    if q.is_cuda:
-        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    if not will_interpret(q.device):
+        programs = min(programs, device_shape(q.device)[1])
     launch(
         flash_attention_tma_kernel, (programs,),
         *(descriptor(t, rows) for t, rows in ((q, tile.block_m), (k, tile.block_n), (v, tile.block_n))),

@@ -63,7 +63,9 @@ def flash_attention_ws_kernel(
     v_desc = tl.make_tensor_descriptor(v_base, [kv_len, HEAD_DIM], [v_stride_n, 1], [BLOCK_N, BLOCK_D])
 
     first_row = block * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)
+    # The minimum changes nothing. Without it Triton 3.6 to 3.9 split `first_row + arange` over the two computing groups
+    # wrongly: rows 64 to 127 of a tile counted as 128 to 191. The emulator saw it, and its tests watch over it.
+    rows = tl.minimum(first_row, q_len) + tl.arange(0, BLOCK_M)
     shift = kv_len - q_len
     end = kv_len
     if CAUSAL:

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 _lock = threading.RLock()  # the interpreter patches triton.language globally: one launch at a time
 _forced = False
+_stand_in: Any = None  # what every launch goes to instead, such as the emulator
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -43,6 +44,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     if isinstance(kernel, _Twin):  # another thread's session has it swapped just now
         kernel = kernel.original
+    if _stand_in is not None:
+        _stand_in.launch(kernel, grid, *args, **options)
+        return
     with _lock, np.errstate(all="ignore"):  # a GPU does not warn of log(0) either
         if not isinstance(kernel, JITFunction):  # TRITON_INTERPRET=1: it is interpreted already
             _repair_arithmetic()
@@ -65,8 +69,24 @@ def interpreted() -> Iterator[None]:
         _forced = before
 
 
+@contextlib.contextmanager
+def launches_go_to(gpu: Any) -> Iterator[None]:
+    """Inside, `launch` calls `gpu.launch` whatever the device of the tensors, and `device_shape` is the one of `gpu`.
+
+    `gpu` has `launch(kernel, grid, *args, **options)`, `arch` and `processors`.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, gpu
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
 def will_interpret(device: Any) -> bool:
     """Whether `launch` would interpret a kernel whose tensors are on `device`."""
+    if _stand_in is not None:
+        return False
     return _forced or getattr(device, "type", str(device)).split(":")[0] != "cuda" or _environment_interprets()
 
 
@@ -76,6 +96,8 @@ def device_shape(device: Any) -> tuple[int, int]:
     `acting_capability` comes before the real one.
     """
     capability, processors = (8, 0), 8
+    if _stand_in is not None:
+        return _stand_in.arch, _stand_in.processors
     if not will_interpret(device):
         import torch
 

@@ -78,7 +78,7 @@ def quantized_matmul_fast_kernel(
     codes_ptrs = codes_ptr + n[:, None] * row_bytes + octet[None, :]
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    group = split * per_split // GROUP
+    group = tl.minimum(split * per_split, K - 1) // GROUP  # the last splits may have no columns at all
     scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + group, n < N, NESTED)
     for start in tl.range(split * per_split, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -190,5 +190,8 @@ def quantized_matmul(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        launch(add_splits_kernel, (triton.cdiv(out.numel(), 1024),), part, out, out.numel(), SPLITS=splits, BLOCK=1024)
+        block = 512  # four numbers per thread, one load of 16 bytes: whole sectors
+        launch(
+            add_splits_kernel, (triton.cdiv(out.numel(), block),), part, out, out.numel(), SPLITS=splits, BLOCK=block
+        )
     return out

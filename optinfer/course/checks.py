@@ -31,6 +31,9 @@ _COURSE = str(Path(__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")))
 _KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
+_WATCHED_BY = tuple(
+    f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check")
+)  # what runs the reader's kernels
 _LIBRARIES = (_PACKAGE, *(path + os.sep for path in sysconfig.get_paths().values()))  # no code of the reader's
 
 
@@ -218,7 +221,7 @@ def _is_ours(code: CodeType) -> bool:
 def _is_allowed(frame: FrameType, given: set[str]) -> bool:
     """The machinery of the check itself, layers of a model, and in the modules of exercises all but answers and references."""
     filename, name = frame.f_code.co_filename, frame.f_code.co_qualname.split(".")[0]
-    if filename in _MACHINERY or filename.endswith(f"optinfer_kernels{os.sep}interpreter.py") or _is_in_a_layer(frame):
+    if filename in _MACHINERY or filename.endswith(_WATCHED_BY) or _is_in_a_layer(frame):
         return True
     if not filename.startswith(_COURSE + "exercises"):
         return False

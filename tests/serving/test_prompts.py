@@ -146,7 +146,11 @@ def test_chat_is_the_template_and_its_tokens(real):
 def test_a_special_token_as_a_stop_string(real):
     engine, tokenizer = real
     params = {"max_tokens": 40, "ignore_eos": True}
-    prompt = [tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)]
+    prompt = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
+        )
+    ]
     free = engine.generate(prompt, SamplingParams(**params))[0]
     assert tokenizer.eos_token_id in free.token_ids
     for stop in ("<|im_end|>", ".<|im_end|>", "<|im_end|>\n"):

@@ -268,7 +268,9 @@ def test_stop_strings(byte_tokenizer_class, text, stop):
 
 
 def test_a_stop_string_in_the_engine(byte_model, byte_tokenizer, scripted):
-    engine = Engine(byte_model, byte_tokenizer, num_blocks=24, block_size=4, draft="prompt_lookup", adaptive_drafts=False)
+    engine = Engine(
+        byte_model, byte_tokenizer, num_blocks=24, block_size=4, draft="prompt_lookup", adaptive_drafts=False
+    )
     answer = list(b"say STOP now")
     scripted(engine, lambda text: answer[min(len(text) - 4, len(answer) - 1)])
     params = SamplingParams(max_tokens=30, stop=("STOP",))

@@ -1,0 +1,95 @@
+"""How good is the emulator at seeing bugs? Plant them in the PTX, one at a time, and count by kind."""
+
+import os
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+from optinfer_kernels.emulator import Deadlock, emulate
+from tests.attention import cases
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.slow,
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing compiles with TRITON_INTERPRET"),
+]
+
+BUGS = {  # kind -> (where, what instead)
+    "a block barrier dropped": (r"\bbar\.sync\s+\d+(, \d+)?;", lambda m: ""),
+    "one copy group too few waited for": (
+        r"cp\.async\.wait_group\s+(\d+);",
+        lambda m: f"cp.async.wait_group {int(m[1]) + 1};",
+    ),
+    "a wait for wgmma dropped": (r"wgmma\.wait_group\.sync\.aligned \d+;", lambda m: ""),
+    "a proxy fence dropped": (r"fence\.proxy\.async\.shared::cta;", lambda m: ""),
+    "a wait for an mbarrier dropped": (
+        r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[[^\]]*\], %r\d+;",
+        lambda m: "setp.eq.b32 complete, 0, 0;",
+    ),
+    "16 bytes too many expected": (r"(mbarrier\.arrive\.expect_tx[^;]*, )(\d+);", lambda m: f"{m[1]}{int(m[2]) + 16};"),
+    "an arrival dropped": (r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64[^;]*;", lambda m: ""),
+    "the wrong lane in a shuffle": (
+        r"(shfl\.sync\.bfly\.b32[^;]*, )([12])(, 31, -1;)",
+        lambda m: f"{m[1]}{3 - int(m[2])}{m[3]}",
+    ),
+}
+MASK = r"setp\.lt\.s32(\s+%p\d+, %r\d+, )(%r\d+);"  # column < length: off by one wherever this length stands
+# The least share of each kind that must be seen. Some block barriers protect nothing at any length, some masks stand before
+# another mask that says the same, some waits come after one for the same phase: nobody can see those missing.
+LEAST = {
+    "a block barrier dropped": 0.1,
+    "one copy group too few waited for": 1.0,
+    "a wait for wgmma dropped": 1.0,
+    "a proxy fence dropped": 0.5,
+    "a wait for an mbarrier dropped": 0.8,
+    "16 bytes too many expected": 1.0,
+    "an arrival dropped": 0.6,
+    "the wrong lane in a shuffle": 1.0,
+    "a mask off by one": 0.5,
+}
+# kernel, architecture, sizes (several tiles, a ragged end), options
+SUBJECTS = [
+    ("flash_attention", 80, (1, 1, 1, 140, 330, 64), {"causal": True}),
+    ("flash_attention_tma", 90, (1, 1, 1, 140, 330, 64), {"causal": True}),
+    ("flash_attention_ws", 90, (1, 1, 1, 140, 650, 64), {}),
+]
+PER_KIND = 8
+
+
+def planted(ptx):
+    for kind, (pattern, change) in BUGS.items():
+        places = list(re.finditer(pattern, ptx))
+        for m in places[:: max(1, len(places) // PER_KIND)]:
+            yield kind, ptx[: m.start()] + change(m) + ptx[m.end() :]
+    for length in sorted({m[2] for m in re.finditer(MASK, ptx)})[:PER_KIND]:
+        wrong = re.sub(MASK, lambda m: f"setp.le.s32{m[1]}{m[2]};" if m[2] == length else m[0], ptx)  # noqa: B023
+        yield "a mask off by one", wrong
+
+
+@pytest.mark.parametrize("kernel, arch, sizes, options", SUBJECTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_planted_bugs_are_seen(kernel, arch, sizes, options, capsys):
+    tensors = cases.inputs(*sizes)
+
+    def verdict(edit=None):
+        try:
+            with emulate(arch, edit=edit) as gpu:
+                out, _ = cases.kernel(kernel)(*tensors, return_lse=True, **options)
+        except Deadlock:
+            return None, "deadlock"
+        error = (out.double() - cases.exact(*tensors, **options)).abs().max().item()
+        wrong = not error <= cases.allowed_error(*tensors, **options)
+        return gpu, "found" if gpu.findings else "wrong answer" if wrong else "missed"
+
+    gpu, unchanged = verdict()
+    assert unchanged == "missed", gpu.findings
+    scores: dict[str, Counter] = {}
+    for kind, ptx in planted(gpu.runs[-1].ptx):
+        scores.setdefault(kind, Counter())[verdict(lambda _, text=ptx: text)[1]] += 1
+    with capsys.disabled():
+        print()
+        for kind, found in scores.items():
+            print(f"{kernel} sm_{arch}: {kind}: {dict(found)}")
+    shares = {kind: (found.total() - found["missed"]) / found.total() for kind, found in scores.items()}
+    assert all(share >= LEAST[kind] for kind, share in shares.items()), shares
