@@ -69,7 +69,8 @@ def unpack_int32(packed: Tensor, bits: int, length: int, dim: int = -1) -> Tenso
     """The inverse of `pack_int32`: unsigned codes, uint8, `dim` `length` long."""
     packed = packed.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF
     packed = torch.nn.functional.pad(packed, (0, 1))
-    word, offset = torch.arange(length) * bits // 32, torch.arange(length) * bits % 32
+    bit = torch.arange(length, device=packed.device) * bits
+    word, offset = bit // 32, bit % 32
     pair = packed[..., word] | packed[..., word + 1] << 32
     return (pair >> offset & (1 << bits) - 1).to(torch.uint8).movedim(-1, dim).contiguous()
 
@@ -93,12 +94,12 @@ def _gptq(q: QuantizedTensor, version: int) -> dict[str, Tensor]:
         "qweight": pack_int32(q.codes(), q.bits, dim=1).T.contiguous(),
         "qzeros": pack_int32(zeros, q.bits),
         "scales": q.scale.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(q.shape[1], dtype=torch.int32) // q.block_size,
+        "g_idx": torch.arange(q.shape[1], dtype=torch.int32, device=q.scale.device) // q.block_size,
     }
 
 
 def _awq(q: QuantizedTensor) -> dict[str, Tensor]:
-    order = torch.tensor(AWQ_ORDER)
+    order = torch.tensor(AWQ_ORDER, device=q.scale.device)
 
     def pack(columns: Tensor) -> Tensor:
         return pack_int32(columns.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4)

@@ -94,6 +94,13 @@ def dynamic_int8() -> tuple[float, ...]:
 DYNAMIC_INT8 = dynamic_int8()
 
 
+@cache
+def dynamic_table(device: torch.device | str = "cpu") -> Tensor:
+    """`DYNAMIC_INT8` as float32 ``[256]``. Kept for each device: a copy in every call would break the capture of a graph."""
+    with torch.inference_mode(False):  # whoever asks first must not decide that it cannot be used in training
+        return torch.tensor(DYNAMIC_INT8, dtype=torch.float32, device=device)
+
+
 @dataclass(frozen=True)
 class NumberFormat:
     """One way to spend `bits` bits on a number.

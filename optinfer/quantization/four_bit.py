@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_block_size, check_choice, check_weight
-from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8, codebook
+from optinfer.quantization.formats import CODEBOOKS, codebook, dynamic_table
 from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
 __all__ = ["dequantize_4bit", "quantize_4bit"]
@@ -87,7 +87,7 @@ def nest(absmax: Tensor) -> NestedScale:
     blocks = torch.nn.functional.pad(values, (0, pad)).view(-1, NestedScale.BLOCK)
     outer = blocks.abs().amax(1)
     scaled = blocks * (1 / outer.clamp(min=1e-38))[:, None]
-    table = torch.tensor(DYNAMIC_INT8, device=absmax.device)
+    table = dynamic_table(absmax.device)
     codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
     return NestedScale(codes.view(-1)[: len(values)].clone(), outer, offset)
 

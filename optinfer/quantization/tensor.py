@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8, codebook
+from optinfer.quantization.formats import CODEBOOKS, codebook, dynamic_table
 
 __all__ = ["NestedScale", "QuantizedTensor", "pack_bits", "unpack_bits"]
 
@@ -95,7 +95,7 @@ class NestedScale:
 
     def restore(self) -> Tensor:
         """The absmax values, float32 ``[blocks]``."""
-        values = torch.tensor(DYNAMIC_INT8, device=self.codes.device)[self.codes.int()]
+        values = dynamic_table(self.codes.device)[self.codes.int()]
         scale = self.absmax.repeat_interleave(self.BLOCK)[: len(values)]
         return values * scale + self.offset
 

@@ -21,10 +21,11 @@ from optinfer.speculative.draft_head import DraftHead
 
 def frequent_tokens(shards: list[dict[str, Tensor]], size: int, vocab_size: int) -> Tensor:
     """The ``size`` tokens that the target wrote most, filled up with low ids (which are frequent in any text); sorted."""
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    device = shards[0]["tokens"].device
+    counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
     for shard in shards:
         counts += torch.bincount(shard["tokens"][shard["answer"]].long(), minlength=vocab_size)
-    counts += torch.linspace(0.5, 0.0, vocab_size, dtype=torch.float64)
+    counts += torch.linspace(0.5, 0.0, vocab_size, dtype=torch.float64, device=device)
     return counts.topk(size).indices.sort().values
 
 

@@ -76,15 +76,16 @@ def rejection_sample(
         draft_tokens: int64 [gamma], or [batch, gamma]; gamma may be 0.
         draft_probs: q of each drafted token, [(batch,) gamma, vocab]; None for a deterministic draft.
         target_probs: p at the drafted positions and one further, [(batch,) gamma + 1, vocab].
+        generator: of the device that the tensors are on.
 
     Returns:
         One draft: the 1 to gamma + 1 emitted tokens. A batch: [batch, gamma + 1], each row's tokens followed by -1, and
         no synchronization with the host.
 
     Raises:
-        ValueError: the shapes do not fit; a drafted token lies outside the vocabulary.
+        ValueError: the shapes or devices do not fit; a drafted token lies outside the vocabulary (checked on a CPU only).
     """
-    _check(draft_tokens, draft_probs, target_probs)
+    _check(draft_tokens, draft_probs, target_probs, generator)
     if draft_tokens.dim() == 1:
         one = rejection_sample(
             draft_tokens[None],
@@ -123,7 +124,9 @@ def greedy_accept(draft_tokens: Tensor, target_tokens: Tensor) -> Tensor:
     return target_tokens[: int(agreed) + 1]
 
 
-def _check(draft_tokens: Tensor, draft_probs: Tensor | None, target_probs: Tensor) -> None:
+def _check(
+    draft_tokens: Tensor, draft_probs: Tensor | None, target_probs: Tensor, generator: torch.Generator | None
+) -> None:
     if draft_tokens.dim() not in (1, 2):
         raise ValueError(f"draft_tokens must be [gamma] or [batch, gamma], got shape {tuple(draft_tokens.shape)}")
     *batch, gamma = draft_tokens.shape
@@ -137,5 +140,9 @@ def _check(draft_tokens: Tensor, draft_probs: Tensor | None, target_probs: Tenso
         raise ValueError(
             f"draft_probs must be {(*batch, gamma, vocab)}, with the target's vocabulary; got {tuple(draft_probs.shape)}"
         )
-    if draft_tokens.device.type == "cpu" and gamma and not 0 <= draft_tokens.min() <= draft_tokens.max() < vocab:
+    device = target_probs.device
+    for name, given in (("draft_tokens", draft_tokens), ("draft_probs", draft_probs), ("generator", generator)):
+        if given is not None and given.device.type != device.type:
+            raise ValueError(f"{name} is on {given.device} and target_probs on {device}; make both on one device")
+    if device.type == "cpu" and gamma and not 0 <= draft_tokens.min() <= draft_tokens.max() < vocab:
         raise ValueError(f"draft_tokens must lie in 0..{vocab - 1}, got {draft_tokens.tolist()}")

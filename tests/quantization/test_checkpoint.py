@@ -60,6 +60,13 @@ def test_packing_is_a_stream_of_bits(bits, shape, dim):
         assert stream == sum((word & 0xFFFFFFFF) << 32 * i for i, word in enumerate(words))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_stays_on_the_device_of_its_input(bits):
+    """Tensors on ``meta`` refuse, as those on a GPU do, to be mixed with others."""
+    packed = pack_int32(torch.empty(3, 50, dtype=torch.uint8, device="meta"), bits)
+    assert packed.device.type == unpack_int32(packed, bits, 50).device.type == "meta"
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_packing_equals_compressed_tensors(bits, dim):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optinfer.quantization import codebook, dequantize_4bit, nf4_from_quantiles, quantize_4bit
+from optinfer.quantization.formats import DYNAMIC_INT8, dynamic_table
 from optinfer.quantization.tensor import pack_bits, unpack_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,3 +150,12 @@ def test_dequantize_refuses_other_schemes():
 
     with pytest.raises(TypeError, match="llm_int8"):
         dequantize_4bit(quantize_int8(torch.randn(4, 8)))
+
+
+def test_the_table_of_double_quantization_is_made_once():
+    """A graph cannot be captured while a constant is copied to the GPU."""
+    assert dynamic_table(torch.device("cpu")) is dynamic_table(torch.device("cpu"))
+    dynamic_table.cache_clear()
+    with torch.inference_mode():
+        assert not dynamic_table(torch.device("cpu")).is_inference()
+    assert dynamic_table(torch.device("cpu")).tolist() == torch.tensor(DYNAMIC_INT8).tolist()

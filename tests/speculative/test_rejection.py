@@ -198,3 +198,17 @@ def test_greedy_is_the_limit_of_temperature_zero(seed, gamma):
 def test_bad_input(tokens, q, p, says):
     with pytest.raises(ValueError, match=says):
         rejection_sample(tokens, q, p)
+
+
+@pytest.mark.parametrize("name", ["draft_tokens", "draft_probs", "generator"])
+def test_what_is_on_another_device_is_named(name):
+    """Tensors on ``meta`` stand for those on a GPU."""
+    given = {
+        "draft_tokens": torch.zeros(2, dtype=torch.int64, device="meta"),
+        "draft_probs": torch.full((2, 4), 0.25, device="meta"),
+        "target_probs": torch.full((3, 4), 0.25, device="meta"),
+        "generator": None,
+    }
+    given[name] = torch.Generator() if name == "generator" else given[name].new_zeros(given[name].shape, device="cpu")
+    with pytest.raises(ValueError, match=f"{name} is on cpu and target_probs on meta"):
+        rejection_sample(**given)
