@@ -123,7 +123,7 @@ def ship(arguments: argparse.Namespace) -> None:
                 custom_generate=optinfer.speculative_decoding,
                 draft=draft,
                 num_draft_tokens=4,
-                adaptive=False,
+                adaptive_drafts=False,
                 return_dict_in_generate=True,
             )
             rounds += output.statistics.rounds

@@ -131,13 +131,13 @@ def _row(
     return row
 
 
-def ours(draft: Any, num_draft_tokens: int = 10, adaptive: bool = True) -> dict[str, Any]:
+def ours(draft: Any, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -> dict[str, Any]:
     """Arguments of `generate` for our decoder."""
     return {
         "custom_generate": speculative_decoding,
         "draft": draft,
         "num_draft_tokens": num_draft_tokens,
-        "adaptive": adaptive,
+        "adaptive_drafts": adaptive_drafts,
     }
 
 
@@ -244,7 +244,7 @@ def trade_off(
                 ("drafted", OracleDraft(answer, accuracy, cost * one_pass, seed=gamma)),
             ):
                 s = model.generate(
-                    **inputs, **limit, **ours(draft, gamma, adaptive=False), return_dict_in_generate=True
+                    **inputs, **limit, **ours(draft, gamma, adaptive_drafts=False), return_dict_in_generate=True
                 ).statistics
                 later = s.tokens - len(s.rounds[0].emitted)
                 spent = s.seconds["draft"] + s.seconds["verify"] + s.seconds["overhead"]

@@ -18,7 +18,7 @@ from optinfer.serving.output import Output, end_of_sequence
 from optinfer.serving.records import EngineStats, StepRecord
 from optinfer.serving.request import Completion, Delta, Request, SamplingParams
 from optinfer.serving.scheduler import Scheduler
-from optinfer.serving.speculation import Speculator, make_drafts
+from optinfer.serving.speculation import Speculator, batch_drafts
 from optinfer.serving.turns import FairLock, Interrupts
 
 _DEFAULT_KV_BYTES = 2**29
@@ -38,8 +38,8 @@ class Engine:
         tokenizer: for prompts and results as text; None: token ids only.
         num_blocks: pages of the KV cache. Default: half a GiB of them.
         block_size: tokens per page.
-        draft: who guesses tokens ahead, as in `speculative_decoding`: a name ("prompt_lookup", "head", …), a smaller
-            model, a drafter, or a list of them; None: nobody.
+        draft: who guesses tokens ahead, as in `speculative_decoding` (see `as_draft`): a name such as "prompt_lookup", a
+            smaller model, a drafter, or a list of them; None: nobody.
         num_draft_tokens: tokens drafted per step and sequence, at most.
         adaptive_drafts: draft only as far as the measured cost of a step says that it pays.
         max_batched_tokens, max_num_seqs, policy, chunked_prefill: see `Scheduler`.
@@ -95,9 +95,10 @@ class Engine:
         )  # fmt: skip
         self.speculator = None
         if draft is not None:
-            drafts = make_drafts(draft, model, num_blocks, block_size, self.runner.max_length)
-            self.speculator = Speculator(drafts, num_draft_tokens, adaptive_drafts, clock)
-            self.runner.keep_hidden = drafts.needs_hidden
+            longest = self.runner.max_length
+            drafts = batch_drafts(draft, model, num_blocks, block_size, longest)
+            self.speculator = Speculator(drafts, num_draft_tokens, adaptive_drafts, longest, clock)
+            self.runner.keep_hidden = self.speculator.needs_hidden
 
         self.stats = EngineStats()
         self._lock, self._interrupts = FairLock(), Interrupts()

@@ -139,13 +139,13 @@ class Intake:
         return [operator.index(row[i]) for i in kept]
 
     def _read_array(self, array: Any) -> list[list[int]]:
-        rows = _nested(array) if array.ndim == 2 else [_nested(array)] if array.ndim == 1 else [[None]]
+        rows: list[list[Any]] = _nested(array) if array.ndim == 2 else [_nested(array)] if array.ndim == 1 else [[None]]
         if not all(_is_index(token) for row in rows for token in row):
             raise TypeError(
                 f"a prompt must be a string or token ids; as an array [length] or [prompts, length] of integers, got "
                 f"{list(array.shape)} of {array.dtype}"
             )
-        padding = getattr(self.tokenizer, "pad_token_id", None)
+        padding: int | None = getattr(self.tokenizer, "pad_token_id", None)
         if padding is not None and padding != getattr(self.tokenizer, "eos_token_id", None):
             for row in rows:
                 if len(rows) > 1 and row and padding in (row[0], row[-1]):

@@ -17,6 +17,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from optinfer.serving.fuse import merge
 from optinfer.serving.paged_batch import PagedBatch
 from optinfer.serving.rotary import Angles, depends_on_position_alone
+from optinfer.serving.watch import num_hooks
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
@@ -27,7 +28,7 @@ def is_lean(model: Any) -> bool:
         return False
     if not depends_on_position_alone(model.model.rotary_emb):
         return False
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return not any(num_hooks(m._forward_hooks) or num_hooks(m._forward_pre_hooks) for m in model.modules())
 
 
 class Product:

@@ -1,6 +1,7 @@
 """One step of serving: schedule -> run -> decide -> apply. It knows nothing of threads; `Engine` lets one in at a time."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class Loop:
         chunks, finished = [], []
         for chunk, decision in zip(schedule.chunks, decisions):
             sequence, drafted = chunk.sequence, len(chunk.drafts)
-            kind = "decode" if sequence.is_decoding else "prefill"
+            kind: Literal["prefill", "decode"] = "decode" if sequence.is_decoding else "prefill"
             if sequence.metrics.first_scheduled is None:
                 sequence.metrics.first_scheduled = start
                 sequence.metrics.cached_tokens = chunk.start
@@ -121,7 +122,7 @@ class Loop:
         for i, (chunk, line) in enumerate(zip(schedule.chunks, record.chunks)):
             if line.drafted:
                 speculator.observe(chunk.sequence, line.drafted, line.accepted)
-            if speculator.drafts.needs_hidden and chunk.sequence.metrics.finished is None:
+            if speculator.needs_hidden and chunk.sequence.metrics.finished is None:
                 final = line.num_tokens + line.accepted
                 speculator.observe_hidden(chunk.sequence, chunk.start, self.runner.hidden[i][:final])
 

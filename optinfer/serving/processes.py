@@ -41,7 +41,8 @@ def run_in_processes(work: Callable[..., Any], count: int, *arguments: Any, time
             for process in processes:
                 if process.is_alive():
                     process.terminate()
-                process.join()
+                if process.pid is not None:  # it was started
+                    process.join()
 
 
 def _collect(results: Any, processes: list[Any], timeout: float) -> list[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from optinfer.speculative.draft_length import Acceptance
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -151,7 +153,7 @@ class Sequence:
     num_computed: int = 0
     forked: bool = False  # all n continuations have their own blocks
     high_water: int = 0  # most tokens ever computed, to count what preemption throws away
-    acceptance: float = 0.5  # running share of this sequence's drafts that were accepted
+    acceptance: Acceptance = field(default_factory=Acceptance)  # of drafts, in this text
     generator: torch.Generator | None = None
     uniforms: list[float] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ import copy
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,78 +17,116 @@ from optinfer.kv_cache import BlockManager, OutOfBlocks
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.paged_batch import Chunk
 from optinfer.serving.request import Sequence
-from optinfer.speculative import Draft, ModelDraft, PromptLookupDraft
+from optinfer.speculative.by_name import as_draft
+from optinfer.speculative.draft_length import PRIOR_SLOPE
+from optinfer.speculative.drafters import Draft, ModelDraft, context_length, names
 from optinfer.speculative.sampler import Sampler
 
 GREEDY = Sampler(None, greedy=True)
-PRIOR = 0.5  # acceptance assumed of a sequence nothing is known about
 
 
-@dataclass
-class _Drafter:
-    """One sequence's drafters, asked in turn, and from which position on the target's hidden states are known."""
+class BatchDraft(Protocol):
+    """What the engine asks of a drafter: the same as of a `Draft`, for many sequences at once."""
 
-    members: list[Draft]
-    first_hidden: int | None = None
+    name: str
+    needs_hidden: bool
+    max_tokens: int | None
 
+    def evidence(self, sequence: Sequence) -> int | None:
+        """As of a `Draft`: 0 where there is nothing to say, None where that is not known without drafting."""
 
-class SequenceDrafts:
-    """Drafters per sequence (prompt lookup, a trained head, a chain of several), asked one after the other.
-
-    A drafter that reads hidden states sees a sequence from the first token that this engine computed for it: after a hit
-    in the prefix cache that is not the first token of the prompt.
-    """
-
-    def __init__(self, draft: Draft, target: Any):
-        self.draft, self.target = draft, target
-        self.needs_hidden = draft.needs_hidden
-        for member in draft.members:
-            member.bind(target)  # what is made once per target is then shared by all copies
-        self._drafters: dict[Hashable, _Drafter] = {}
-
-    def propose(self, sequences: list[Sequence], num_tokens: int) -> dict[Sequence, list[int]]:
-        found = {}
-        for sequence in sequences:
-            drafter = self._of(sequence)
-            ids = torch.tensor([sequence.token_ids], device=self.target.device)
-            for member in drafter.members:
-                if member.needs_hidden and drafter.first_hidden is None:
-                    continue
-                text = ids[:, drafter.first_hidden :] if member.needs_hidden else ids
-                most = min(num_tokens, member.max_tokens or num_tokens)
-                if tokens := member.propose(text, most, GREEDY).tokens.tolist():
-                    found[sequence] = tokens
-                    break
-        return found
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        """For each sequence up to so many tokens; sequences with nothing to say are left out."""
 
     def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
         """The target's final hidden states [tokens, hidden_size] of the sequence's tokens from `start` on."""
-        drafter = self._of(sequence)
-        if drafter.first_hidden is None:
-            drafter.first_hidden = start
-        for member in drafter.members:
-            if member.needs_hidden:
-                member.observe(hidden[None])
 
     def forget(self, sequence: Sequence) -> None:
-        self._drafters.pop(sequence.seq_id, None)
-
-    def _of(self, sequence: Sequence) -> _Drafter:
-        drafter = self._drafters.get(sequence.seq_id)
-        if drafter is None:
-            drafter = self._drafters[sequence.seq_id] = _Drafter([copy.copy(m) for m in self.draft.members])
-            for member in drafter.members:
-                member.bind(self.target)
-        return drafter
+        """The sequence is gone, or begins again."""
 
 
-class BatchedModelDrafts:
+def batch_drafts(draft: Any, target: Any, num_blocks: int, block_size: int, max_length: int) -> list[BatchDraft]:
+    """Who drafts for the batch, in the order in which they are asked, for what a user passes as `draft` (see `as_draft`).
+
+    Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
+    """
+    members = as_draft(draft).members
+    for member in members:
+        member.bind(target)
+    return [
+        BatchedModel(name, member, num_blocks, block_size, max_length)
+        if isinstance(member, ModelDraft)
+        else PerSequence(name, member, target)
+        for name, member in zip(names(members), members)
+    ]
+
+
+@dataclass
+class _OfSequence:
+    """One sequence's own drafter, and from which position on it was shown the target's hidden states."""
+
+    draft: Draft
+    first_hidden: int | None = None
+
+
+class PerSequence:
+    """A drafter that follows one text (prompt lookup, a trained head): a copy of it for every sequence.
+
+    One that reads hidden states sees a sequence from the first token that this engine computed for it: after a hit in
+    the prefix cache that is not the first token of the prompt.
+    """
+
+    def __init__(self, name: str, draft: Draft, target: Any):
+        self.name, self.draft, self.target = (
+            name,
+            draft,
+            target,
+        )  # bound once: what is made per target, all copies share
+        self.needs_hidden, self.max_tokens = draft.needs_hidden, draft.max_tokens
+        self._own: dict[Hashable, _OfSequence] = {}
+
+    def evidence(self, sequence: Sequence) -> int | None:
+        own = self._of(sequence)
+        if self.needs_hidden and own.first_hidden is None:
+            return 0
+        return own.draft.evidence(self._text(sequence))
+
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        found = {}
+        for sequence, most in wanted.items():
+            if tokens := self._of(sequence).draft.propose(self._text(sequence), most, GREEDY).tokens.tolist():
+                found[sequence] = tokens
+        return found
+
+    def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+        own = self._of(sequence)
+        if own.first_hidden is None:
+            own.first_hidden = start
+        own.draft.observe(hidden[None])
+
+    def forget(self, sequence: Sequence) -> None:
+        self._own.pop(sequence.seq_id, None)
+
+    def _text(self, sequence: Sequence) -> torch.Tensor:
+        return torch.tensor([sequence.token_ids[self._of(sequence).first_hidden :]], device=self.target.device)
+
+    def _of(self, sequence: Sequence) -> _OfSequence:
+        own = self._own.get(sequence.seq_id)
+        if own is None:
+            own = self._own[sequence.seq_id] = _OfSequence(copy.copy(self.draft))
+            own.draft.bind(self.target)
+        return own
+
+
+class BatchedModel:
     """A draft model for the whole batch, with pages of its own: one pass per drafted token, whatever the batch."""
 
     needs_hidden = False
 
-    def __init__(self, model: Any, num_blocks: int, block_size: int, max_length: int):
-        self.runner = ModelRunner(model, num_blocks, block_size, max_length=max_length)
+    def __init__(self, name: str, draft: ModelDraft, num_blocks: int, block_size: int, max_length: int):
+        self.name, self.max_tokens, self._min_confidence = name, draft.max_tokens, draft.min_confidence
+        self._max_length = min(max_length, context_length(draft.model))
+        self.runner = ModelRunner(draft.model, num_blocks, block_size, max_length=self._max_length)
         self._new_manager = functools.partial(BlockManager, num_blocks, block_size, record_events=False)
         self._start_again()
 
@@ -96,19 +134,32 @@ class BatchedModelDrafts:
         self.manager = self._new_manager()
         self._computed: dict[Hashable, int] = {}  # per sequence: tokens whose keys and values are in the pages
 
-    def propose(self, sequences: list[Sequence], num_tokens: int) -> dict[Sequence, list[int]]:
+    def evidence(self, sequence: Sequence) -> int | None:
+        return None
+
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
         if not self.runner.is_current():
             self.runner.renew()
             self._start_again()
-        drafts: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences if self._follow(sequence)}
-        for _ in range(num_tokens):
-            drafting = [s for s in drafts if len(drafts[s]) == 0 or self._append(s, drafts[s][-1])]
+        room = {s: min(most, self._max_length - len(s.token_ids) + 1) for s, most in wanted.items()}
+        drafts: dict[Sequence, list[int]] = {s: [] for s in wanted if room[s] > 0 and self._follow(s)}
+        survival = dict.fromkeys(drafts, 1.0)
+        for k in range(max(room.values(), default=0)):
+            drafting = [s for s in drafts if len(drafts[s]) == k < room[s]]
+            drafting = [s for s in drafting if k == 0 or self._append(s, drafts[s][-1])]
             if not drafting:
                 break
             logits = self.runner.run([self._chunk(s) for s in drafting], [1] * len(drafting))
-            for sequence, token in zip(drafting, logits.argmax(-1).tolist()):
-                drafts[sequence].append(token)
+            tokens = logits.argmax(-1).tolist()
+            sure = logits.float().softmax(-1).amax(-1).tolist() if self._min_confidence else [1.0] * len(tokens)
+            for sequence, token, chance in zip(drafting, tokens, sure):
+                survival[sequence] *= chance
+                if survival[sequence] >= self._min_confidence:
+                    drafts[sequence].append(token)
         return {sequence: tokens for sequence, tokens in drafts.items() if tokens}
+
+    def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+        """It has its own."""
 
     def forget(self, sequence: Sequence) -> None:
         if self._computed.pop(sequence.seq_id, None) is not None:
@@ -148,7 +199,7 @@ class BatchedModelDrafts:
         return Chunk(tokens[start:], start, self.manager.block_table(sequence.seq_id))
 
 
-class StepCost:
+class RunningFit:
     """How long a step takes: seconds = fixed + per_token * tokens, fitted to recent steps (older ones fade)."""
 
     def __init__(self, fade: float = 0.97):
@@ -173,65 +224,74 @@ class StepCost:
 
 
 class Speculator:
-    """Asks the drafter, and only for sequences where a draft is expected to pay.
+    """Asks the drafters in turn, each only where its draft is expected to pay.
 
-    A draft of g tokens, a share `a` of them right, saves a*g times what a token costs now, T(S)/S for S sequences,
-    and costs g * per_token. So it pays where a > S * per_token / T(S): the part of the step that grows with the number
-    of tokens. At batch 1 that is little; for a large batch it approaches 1 and speculation turns itself off.
+    How far a sequence's drafts can be trusted is counted as for a single text, see `Acceptance`; what they cost depends
+    on the batch. A step over S sequences takes T(S), so a token costs T(S)/S now, and a drafted one what it adds to the
+    step and what drafting it takes. At batch 1 that is little; in a large batch it approaches the price of a token, and
+    speculation turns itself off.
     """
 
-    def __init__(self, drafts: Any, num_tokens: int, adaptive: bool, clock: Callable[[], float]):
+    def __init__(
+        self,
+        drafts: list[BatchDraft],
+        num_tokens: int,
+        adaptive: bool,
+        max_length: int,
+        clock: Callable[[], float],
+    ):
         self.drafts, self.num_tokens, self.adaptive, self.clock = drafts, num_tokens, adaptive, clock
-        self.cost = StepCost()
-        self._seconds_per_draft = 0.0
+        self.needs_hidden = any(draft.needs_hidden for draft in drafts)
+        self.cost = RunningFit()
+        self._max_length = max_length
+        self._draft_seconds = {draft.name: 0.0 for draft in drafts}  # per drafted token
+        self._asked: dict[Sequence, tuple[str, int | None]] = {}  # whose draft is checked now, and its evidence
 
     def propose(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        chosen = []
-        needed = self.break_even(len(sequences))
-        for sequence in sequences:
-            if not self.adaptive or sequence.acceptance > needed:
-                chosen.append(sequence)
-            else:  # forget slowly what did not pay: texts change
-                sequence.acceptance += 0.02 * (PRIOR - sequence.acceptance)
-        if not chosen:
-            return {}
-        start = self.clock()
-        found = self.drafts.propose(chosen, self.num_tokens)
-        if num_drafted := sum(map(len, found.values())):
-            per_draft = (self.clock() - start) / num_drafted
-            self._seconds_per_draft += 0.1 * (per_draft - self._seconds_per_draft)
-        # Never beyond the end of the request: those tokens could not be kept.
-        room = {s: s.request.params.max_tokens - len(s.token_ids) + s.num_prompt_tokens - 1 for s in found}
-        return {s: tokens[: room[s]] for s, tokens in found.items() if room[s] > 0}
+        found: dict[Sequence, list[int]] = {}
+        self._asked = {}
+        for draft in self.drafts:
+            start = self.clock()
+            price = self.price(len(sequences), draft.name)
+            wanted, evidence = {}, {}
+            for sequence in sequences:
+                if sequence not in found and (shown := draft.evidence(sequence)) != 0:
+                    most = min(self.num_tokens, self._room(sequence), draft.max_tokens or self.num_tokens)
+                    if most > 0 and self.adaptive:
+                        most = sequence.acceptance.best_length(most, draft.name, shown, price)
+                    if most > 0:
+                        wanted[sequence], evidence[sequence] = most, shown
+            said = draft.propose(wanted) if wanted else {}
+            if num_drafted := sum(map(len, said.values())):
+                seconds = (self.clock() - start) / num_drafted
+                self._draft_seconds[draft.name] += 0.1 * (seconds - self._draft_seconds[draft.name])
+            found |= said
+            self._asked |= {sequence: (draft.name, evidence[sequence]) for sequence in said}
+        return found
 
-    def break_even(self, num_sequences: int) -> float:
-        """The acceptance from which drafting pays at this batch size; 0 while the cost of steps is not known."""
+    def price(self, num_sequences: int, drafter: str = "") -> float:
+        """What a drafted token costs, in tokens that are decoded plainly: from 1 on even a right one does not pay."""
         if self.cost.coefficients is None:
-            return 0.0
+            return PRIOR_SLOPE * num_sequences
         fixed, per_token = self.cost.coefficients
         step = fixed + per_token * num_sequences
-        return num_sequences * (per_token + self._seconds_per_draft) / step if step > 0 else 0.0
+        return num_sequences * (per_token + self._draft_seconds.get(drafter, 0.0)) / step if step > 0 else 0.0
 
     def observe(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        sequence.acceptance += 0.2 * (accepted / drafted - sequence.acceptance)
+        name, evidence = self._asked[sequence]
+        sequence.acceptance.record(name, evidence, drafted, accepted)
 
     def observe_hidden(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
-        self.drafts.observe(sequence, start, hidden)
+        for draft in self.drafts:
+            if draft.needs_hidden:
+                draft.observe(sequence, start, hidden)
 
     def forget(self, sequence: Sequence) -> None:
-        self.drafts.forget(sequence)
+        for draft in self.drafts:
+            draft.forget(sequence)
 
-
-def make_drafts(draft: str | Draft, model: Any, num_blocks: int, block_size: int, max_length: int) -> Any:
-    """The batch's drafter for what a user passes as `draft`.
-
-    Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
-    """
-    if draft == "prompt_lookup":
-        draft = PromptLookupDraft(min_ngram=2)  # a full batch has no idle arithmetic for long shots
-    if not isinstance(draft, Draft):
-        raise ValueError(f"draft must be None, 'prompt_lookup' or an optinfer.speculative drafter, got {draft!r}")
-    if isinstance(draft, ModelDraft):
-        draft.bind(model)
-        return BatchedModelDrafts(draft.model, num_blocks, block_size, max_length)
-    return SequenceDrafts(draft, model)
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that a draft may have: the target adds one, and what lies beyond the request's end is not kept."""
+        length = len(sequence.token_ids)
+        end = min(sequence.num_prompt_tokens + sequence.request.params.max_tokens, self._max_length)
+        return end - length - 1

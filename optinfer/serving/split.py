@@ -12,6 +12,7 @@ from optinfer.serving.handover import Blocks, give_blocks, take_blocks
 from optinfer.serving.processes import run_in_processes
 from optinfer.serving.request import SamplingParams
 from optinfer.serving.tensor_parallel import Traffic, shard
+from optinfer.serving.watch import without_lookers
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def serve_in_parts(
         model: Llama-like; stays as it is.
         options: of `Engine`; give num_blocks.
     """
-    return run_in_processes(_part, processes, model, prompts, max_tokens, options)
+    return run_in_processes(_part, processes, without_lookers(model), prompts, max_tokens, options)
 
 
 def _part(rank: int, processes: int, model: Any, prompts: list[list[int]], max_tokens: int, options: dict) -> Share:
@@ -73,7 +74,7 @@ class Handed:
 
 def prefill_and_decode(model: Any, prompts: list[list[int]], max_tokens: int, **options: Any) -> Handed:
     """One process computes the prompts and sends their blocks; another, with pages of its own, writes the continuations."""
-    first, second = run_in_processes(_prefill_or_decode, 2, model, prompts, max_tokens, options)
+    first, second = run_in_processes(_prefill_or_decode, 2, without_lookers(model), prompts, max_tokens, options)
     return Handed(second[0], first[0], first[1], second[1])
 
 

@@ -1,9 +1,12 @@
 """Notices what the owner of a model does to it while an engine runs: weights that move or change, modules that are replaced."""
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
 
+_LOOKS_ON = "transformers.utils.output_capturing"  # once asked for hidden states, a model keeps these hooks; they change nothing
 _SWITCHES = ("_active_adapter", "_disable_adapters", "scaling")  # of PEFT's layers: they change results, not weights
 
 
@@ -45,10 +48,34 @@ class Watch:
         return [_state(home.get(name)) for home, name in self._slots]
 
     def _count_hooks(self) -> int:
-        return sum(map(len, self._hooks))
+        return sum(map(num_hooks, self._hooks))
 
     def _read_switches(self) -> list[str]:
         return [repr(home.get(name)) for home, name in self._switches]
+
+
+def without_lookers(model: nn.Module) -> nn.Module:
+    """The same weights in a model without hooks that only look (they cannot be sent to another process)."""
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if module not in twins:
+            twins[module] = same = copy.copy(module)
+            same._forward_hooks = OrderedDict((k, h) for k, h in module._forward_hooks.items() if not _only_looks(h))
+            same._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+            vars(same).pop("_output_capturing_hooks_installed", None)
+        return twins[module]
+
+    return twin(model)
+
+
+def num_hooks(hooks: dict[int, Any]) -> int:
+    """How many of a module's hooks may change what it computes."""
+    return sum(not _only_looks(hook) for hook in hooks.values())
+
+
+def _only_looks(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == _LOOKS_ON
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Speculative decoding: a cheap draft guesses several tokens, the target checks them in one pass."""
 
+from optinfer.speculative.by_name import as_draft
 from optinfer.speculative.decoding import speculative_decoding
 from optinfer.speculative.drafters import (
     ChainDraft,
@@ -48,6 +49,7 @@ __all__ = [
     "TreeOutput",
     "accept_drawn",
     "accept_path",
+    "as_draft",
     "break_even_alpha",
     "drawn_law",
     "expected_tokens",

@@ -3,7 +3,6 @@
 model.generate(**inputs, custom_generate=optinfer.speculative_decoding, draft="prompt_lookup", num_draft_tokens=5)
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.speculative.by_name import as_draft
 from optinfer.speculative.draft_length import AdaptiveLength, FixedLength
-from optinfer.speculative.drafters import ChainDraft, Draft, ModelDraft, PromptLookupDraft, Proposal, QuantizedDraft
+from optinfer.speculative.drafters import Draft, Proposal, context_length, names
 from optinfer.speculative.rollback import cached_tokens, check_can_truncate, truncate
 from optinfer.speculative.sampler import Sampler
 from optinfer.speculative.statistics import Round, SpeculativeOutput, Statistics
 
-_NAMED = "'prompt_lookup', 'head', 'lookup_then_head', 'int8', 'nf4'"
+# What `generate` prepares for a text; all of it is understood here, and nothing else is.
+_INPUTS_OF_TEXT = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
 
 def speculative_decoding(
@@ -27,20 +28,21 @@ def speculative_decoding(
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     generation_config: Any = None,
-    draft: "str | Draft | Any | Sequence[Draft]" = "prompt_lookup",
+    draft: "str | Draft | torch.nn.Module | Sequence[Any]" = "prompt_lookup",
     num_draft_tokens: int = 5,
-    adaptive: bool = True,
-    streamer: Any = None,
+    adaptive_drafts: bool = True,
+    stream_to: Any = None,
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SpeculativeOutput:
     """Generate as ``model.generate`` would, several tokens per pass of the model; the output's law is the same.
 
     Args:
-        draft: a drafter, a smaller model, a list of drafters to ask in turn, or a name: ``"prompt_lookup"``, ``"head"``,
-            ``"lookup_then_head"``, ``"int8"``, ``"nf4"``.
+        draft: who guesses, see `as_draft`: a name such as ``"prompt_lookup"``, a smaller model, a drafter, or a list.
         num_draft_tokens: how many tokens are drafted per pass, at most.
-        adaptive: draft fewer, or none, where measured times and acceptance say so.
+        adaptive_drafts: draft fewer, or none, where measured times and acceptance say so.
+        stream_to: a streamer, which gets each token once it is final. (transformers hands `generate`'s own ``streamer``
+            to no decoding method from outside.)
         generator: random numbers of the sampling; torch's global ones when None.
 
     Returns:
@@ -48,18 +50,21 @@ def speculative_decoding(
         many tokens were accepted at each position and where the time went.
 
     Raises:
-        ValueError: a mode that cannot be combined (beams, several texts, no cache), or a draft that does not fit.
+        ValueError: a mode that cannot be combined (beams, several texts, no cache), an input that is not text, or a draft
+            that does not fit.
     """
-    streamer = streamer if streamer is not None else _streamer_of_generate()
     cache = model_kwargs.get("past_key_values")
     _check_mode(model, input_ids, generation_config, cache, num_draft_tokens)
-    draft = _as_draft(draft, model)
+    _check_inputs(input_ids, model_kwargs)
+    draft = as_draft(draft)
     for part in draft.members:
         part.bind(model)
     sampler = Sampler(logits_processor, not generation_config.do_sample, generator)
-    length = (AdaptiveLength if adaptive else FixedLength)(num_draft_tokens)
-    longest = min(generation_config.max_length, _context_length(model))
+    length = (AdaptiveLength if adaptive_drafts else FixedLength)(num_draft_tokens)
+    longest = min(generation_config.max_length, context_length(model))
     statistics, finished = Statistics(), False
+    if stream_to is not None:
+        stream_to.put(input_ids.cpu())
 
     while not finished:
         room = longest - input_ids.shape[1] - 1  # the target adds one token to every draft
@@ -72,7 +77,7 @@ def speculative_decoding(
             emitted = sampler.accept(text, proposal.tokens, proposal.probs, logits)
             accepted = len(emitted) - 1
         with _timed() as rest:
-            input_ids, emitted, finished = _append(input_ids, emitted, stopping_criteria, streamer)
+            input_ids, emitted, finished = _append(input_ids, emitted, stopping_criteria, stream_to)
             truncate(cache, input_ids.shape[1] - 1)  # all but the newest token, which nobody has run yet
             if hidden is not None:
                 draft_sees = hidden[:, : input_ids.shape[1] - 1 - already]
@@ -83,25 +88,19 @@ def speculative_decoding(
         _account(statistics, drafting, verifying, rest)
         statistics.rounds.append(Round(member, proposal.tokens.tolist(), accepted, emitted.tolist()))
 
-    if streamer is not None:
-        streamer.end()
+    if stream_to is not None:
+        stream_to.end()
     if generation_config.return_dict_in_generate:
         return SpeculativeOutput(sequences=input_ids, statistics=statistics)
     return input_ids
-
-
-def _streamer_of_generate() -> Any:
-    """The ``streamer`` given to `generate`: transformers 5 hands it to its own decoding methods, but to no callable."""
-    caller = sys._getframe(2)
-    return caller.f_locals.get("streamer") if caller.f_code.co_name == "generate" else None
 
 
 def _propose(
     draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler
 ) -> tuple[str, int | None, Proposal]:
     """The first member of the chain that has something to say, its evidence, and what it says."""
-    for member in draft.members:
-        name, evidence = type(member).__name__, member.evidence(input_ids)
+    for name, member in zip(names(draft.members), draft.members):
+        evidence = member.evidence(input_ids)
         if evidence == 0:
             continue
         most = min(length.choose(name, evidence), room, member.max_tokens or room)
@@ -129,12 +128,12 @@ def _target_pass(
     return outputs.logits[0], outputs.hidden_states[-1] if needs_hidden else None
 
 
-def _append(input_ids: Tensor, emitted: Tensor, stopping_criteria: Any, streamer: Any) -> tuple[Tensor, Tensor, bool]:
+def _append(input_ids: Tensor, emitted: Tensor, stopping_criteria: Any, stream_to: Any) -> tuple[Tensor, Tensor, bool]:
     """Add the tokens one by one, as plain decoding would: any of them may be the last."""
     for count, token in enumerate(emitted, start=1):
         input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
-        if streamer is not None:
-            streamer.put(token.view(1).cpu())
+        if stream_to is not None:
+            stream_to.put(token.view(1).cpu())
         if stopping_criteria is not None and bool(stopping_criteria(input_ids, None).all()):
             return input_ids, emitted[:count], True
     return input_ids, emitted, False
@@ -154,33 +153,14 @@ def _account(statistics: Statistics, drafting: list[float], verifying: list[floa
     statistics.seconds["overhead"] += rest[0]
 
 
-def _as_draft(draft: Any, model: Any) -> Draft:
-    if isinstance(draft, Draft):
-        return draft
-    if isinstance(draft, (list, tuple)):
-        return ChainDraft([_as_draft(member, model) for member in draft])
-    if isinstance(draft, torch.nn.Module):
-        return ModelDraft(draft)
-    if draft == "prompt_lookup":
-        return PromptLookupDraft()
-    if draft in ("int8", "nf4"):
-        return QuantizedDraft(draft)
-    if draft in ("head", "lookup_then_head"):
-        from optinfer.speculative.draft_head import HeadDraft
-
-        head = HeadDraft.shipped()
-        return head if draft == "head" else ChainDraft([PromptLookupDraft(min_ngram=2), head])
-    raise ValueError(f"draft must be a drafter, a model, a list of them, or one of {_NAMED}; got {draft!r}")
-
-
 def _check_mode(model: Any, input_ids: Tensor, config: Any, cache: Any, num_draft_tokens: int) -> None:
     if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
         raise ValueError(
             f"num_draft_tokens counts tokens: 1, 2, …, got {num_draft_tokens!r}; to decode plainly leave custom_generate out"
         )
-    if num_draft_tokens >= _context_length(model):
+    if num_draft_tokens >= context_length(model):
         raise ValueError(
-            f"num_draft_tokens={num_draft_tokens} is more than the model's context of {_context_length(model)} tokens holds; "
+            f"num_draft_tokens={num_draft_tokens} is more than the model's context of {context_length(model)} tokens holds; "
             f"drafts of 2 to 16 tokens pay"
         )
     if config.num_beams > 1 or config.get_generation_mode().name not in ("GREEDY_SEARCH", "SAMPLE"):
@@ -197,12 +177,24 @@ def _check_mode(model: Any, input_ids: Tensor, config: Any, cache: Any, num_draf
         raise ValueError("speculative decoding keeps a key-value cache; leave out use_cache=False")
     if model.config.is_encoder_decoder:
         raise ValueError("speculative decoding is for decoder-only models; this one has an encoder")
-    if config.output_scores or config.output_logits or config.output_attentions:
-        raise ValueError(
-            "output_scores, output_logits and output_attentions are not kept while decoding speculatively; use plain generate"
-        )
+    unkept = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    if asked := [name for name in unkept if getattr(config, name, False)]:
+        raise ValueError(f"{', '.join(asked)}: not kept while decoding speculatively; use plain generate")
     check_can_truncate(cache)
 
 
-def _context_length(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Text alone, at the positions that text has: whatever else the model was given would be lost on the way."""
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    if unknown := sorted(given - _INPUTS_OF_TEXT):
+        raise ValueError(
+            f"speculative decoding runs the model on text alone, and does not pass on {', '.join(unknown)}; leave it out, "
+            f"or leave custom_generate out"
+        )
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if positions is None:
+        return
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    usual, mask = ((m[:, -positions.shape[-1] :]) for m in ((mask.cumsum(-1) - 1), mask))
+    if positions.shape[-1] <= input_ids.shape[1] and bool(((positions != usual) & (mask != 0)).any()):
+        raise ValueError("position_ids other than 0, 1, 2, … are not supported by speculative decoding; leave them out")

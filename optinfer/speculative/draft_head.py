@@ -269,7 +269,7 @@ class HeadDraft(Draft):
         return Proposal(torch.cat(tokens), None if laws[0] is None else torch.cat(laws))  # type: ignore[arg-type]
 
     def _choose(self, text: Tensor, logits: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
-        if sampler.greedy:  # a draft needs no penalties: the target applies them
+        if sampler.drafts_greedily:  # a draft needs no penalties: the target applies them
             return self.head.vocabulary[logits.argmax(-1)], None
         full = logits.new_full((1, self._vocab_size), float("-inf"), dtype=torch.float32)
         return sampler.choose(text, full.index_copy_(1, self.head.vocabulary, logits.float()))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.speculative.rollback import check_can_truncate
 from optinfer.speculative.sampler import Sampler
 
 
@@ -60,6 +61,17 @@ class Draft:
         return [self]
 
 
+def names(drafts: Sequence[Draft]) -> list[str]:
+    """One name for each, no two alike: by these their acceptance is told apart."""
+    kinds = [type(draft).__name__ for draft in drafts]
+    return [f"{kind} {kinds[:i].count(kind) + 1}" if kind in kinds[:i] else kind for i, kind in enumerate(kinds)]
+
+
+def context_length(model: Any) -> int:
+    """The longest text that the model's positions are made for, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 class ModelDraft(Draft):
     """A smaller model with the target's tokenizer, or any model that is cheaper to run.
 
@@ -74,9 +86,10 @@ class ModelDraft(Draft):
         self.min_confidence = min_confidence
 
     def bind(self, target: Any) -> None:
-        if self.model.config.vocab_size != target.config.vocab_size:
+        own, targets = (model.config.get_text_config().vocab_size for model in (self.model, target))
+        if own != targets:
             raise ValueError(
-                f"the draft's vocabulary has {self.model.config.vocab_size} tokens, the target's {target.config.vocab_size}: "
+                f"the draft's vocabulary has {own} tokens, the target's {targets}: "
                 f"their tokenizers differ; use TextDraft(model, tokenizer, target_tokenizer), which drafts through text"
             )
         if self.model.device != target.device:
@@ -84,6 +97,7 @@ class ModelDraft(Draft):
                 f"the draft is on {self.model.device} and the target on {target.device}; move it with draft.to('{target.device}')"
             )
         self._new_text()
+        check_can_truncate(self._cache, f"the draft, a {type(self.model).__name__},")
 
     def _new_text(self) -> None:
         from transformers import DynamicCache
@@ -92,6 +106,9 @@ class ModelDraft(Draft):
         self._cached_ids: Tensor | None = None
 
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
+        num_tokens = min(num_tokens, context_length(self.model) - input_ids.shape[1] + 1)  # the last one is not run
+        if num_tokens < 1:
+            return Proposal(input_ids.new_empty(0))
         self._forget_what_was_rejected(input_ids)
         text, tokens, laws, survival = input_ids, [], [], 1.0
         for _ in range(num_tokens):
@@ -206,7 +223,8 @@ class TextDraft(Draft):
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
         text = self.target_tokenizer.decode(input_ids[0])[-self.window :]
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(self.model.device)
-        if ids.shape[1] == 0:
+        ids = ids[:, -max(0, context_length(self.model) - num_tokens) :]
+        if not 0 < ids.shape[1] <= context_length(self.model) - num_tokens:
             return Proposal(input_ids.new_empty(0))
         with torch.no_grad():
             longer = self.model.generate(

@@ -33,7 +33,7 @@ def truncate(cache: Any, num_tokens: int) -> None:
             layer.cumulative_length.sub_(extra)  # a static layer overwrites the rest; the causal mask hides it
 
 
-def check_can_truncate(cache: Any) -> None:
+def check_can_truncate(cache: Any, whose: str = "this model") -> None:
     """Raise ValueError unless every layer of the cache can forget its last tokens."""
     if hasattr(cache, "truncate"):
         return
@@ -42,8 +42,8 @@ def check_can_truncate(cache: Any) -> None:
         sliding = getattr(layer, "is_sliding", False)
         if sliding or not (_can_crop(layer) or static):
             raise ValueError(
-                f"a {type(layer).__name__} cannot forget rejected tokens, so this model cannot decode speculatively with this "
-                f"cache; use a DynamicCache without a sliding window, a StaticCache, or optinfer.PagedCache"
+                f"a {type(layer).__name__} cannot forget rejected tokens, so {whose} cannot take part in speculative "
+                f"decoding with this cache; use a DynamicCache without a sliding window, a StaticCache, or optinfer.PagedCache"
             )
 
 

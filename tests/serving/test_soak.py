@@ -42,7 +42,7 @@ def soak(model, scripted, num_requests, seed):
         assert set(parts.values()) <= {"stop", "length", "cancelled"}
         assert ("cancelled" in parts.values()) <= (request_id in cancelled)
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
-    assert not engine.request_ids and not engine.has_work and not engine.speculator.drafts._drafters
+    assert not engine.request_ids and not engine.has_work and not any(draft._own for draft in engine.speculator.drafts)
     return engine.stats, len(cancelled)
 
 

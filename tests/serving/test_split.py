@@ -1,6 +1,8 @@
 """Serving in parts: routing, blocks that travel, and one model in two processes. The text is always the one of one engine."""
 
+import copy
 import operator
+import pickle
 import random
 
 import pytest
@@ -15,6 +17,7 @@ from optinfer.serving.processes import run_in_processes
 from optinfer.serving.router import Router
 from optinfer.serving.split import prefill_and_decode, serve_in_parts
 from optinfer.serving.tensor_parallel import all_reduce_bytes, parts, ring_bytes, shard
+from optinfer.serving.watch import without_lookers
 
 OPTIONS = {"num_blocks": 32, "block_size": 4}
 
@@ -110,6 +113,17 @@ def test_damaged_blocks_change_the_text(model, reference) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- tensor parallelism
+
+
+def test_a_model_with_hooks_that_look_travels(model) -> None:
+    watched = copy.deepcopy(model)
+    watched(torch.tensor([[5, 6]]), output_hidden_states=True)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(watched)
+    sent = pickle.loads(pickle.dumps(without_lookers(watched)))
+    for same in (sent, watched, without_lookers(watched)):  # and still answers when it is asked for hidden states
+        found = same(torch.tensor([[5, 6]]), output_hidden_states=True)
+        assert len(found.hidden_states) == 3 and torch.equal(found.logits, watched(torch.tensor([[5, 6]])).logits)
 
 
 @given(st.integers(0, 60), st.integers(1, 8))

@@ -138,6 +138,16 @@ def test_a_quantized_head_is_renewed(own):
     assert texts(engine) == texts(Engine(own, num_blocks=30, head="int8"))
 
 
+def test_hooks_that_only_look_change_nothing(own):
+    """A model that was asked for hidden states keeps transformers' hooks for good."""
+    engine = Engine(own, num_blocks=30, block_size=4)
+    before, decoder = texts(engine), engine.runner._lean
+    own(torch.tensor([PROMPTS[0]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in own.modules())
+    assert texts(engine) == before and engine.runner.is_current() and engine.runner._lean == decoder
+    assert Engine(own, num_blocks=30).runner._lean
+
+
 def test_a_change_that_cannot_be_served_is_refused(own, reference):
     engine = Engine(own, num_blocks=30, block_size=4)
     request = engine.add_request(PROMPTS[1], PARAMS)

@@ -96,7 +96,7 @@ def speculate(target, draft, prompt=PROMPT, **options):
     options = {
         "custom_generate": optinfer.speculative_decoding,
         "return_dict_in_generate": True,
-        "adaptive": False,
+        "adaptive_drafts": False,
     } | options
     return target.generate(prompt, draft=draft, **options)
 
@@ -199,7 +199,7 @@ def test_streamer_and_own_stopping_criterion(target):
     streamer = Streamer()
     plain = target.generate(PROMPT, do_sample=False, **LENGTH)[:, : PROMPT.shape[1] + 7]
     out = speculate(
-        target, ModelDraft(copy.deepcopy(target)), do_sample=False, streamer=streamer,
+        target, ModelDraft(copy.deepcopy(target)), do_sample=False, stream_to=streamer,
         stopping_criteria=StoppingCriteriaList([AfterSeven()]), **LENGTH,
     )  # fmt: skip
     assert torch.equal(out.sequences, plain)
@@ -363,10 +363,10 @@ def test_lookup_is_the_longest_ngram_and_its_length_the_evidence():
 
 def test_adaptive_length_trusts_a_longer_match_more_and_learns_by_match():
     length = AdaptiveLength(8)
-    chances = [length.acceptance("lookup", matched) for matched in range(1, 6)]
+    chances = [length.acceptance.chance("lookup", matched) for matched in range(1, 6)]
     assert chances == sorted(chances)
-    assert length.acceptance("lookup", 2, position=3) == length.acceptance("lookup", 5)
-    assert length.acceptance("model") == length.acceptance("model", None, position=3)
+    assert length.acceptance.chance("lookup", 2, position=3) == length.acceptance.chance("lookup", 5)
+    assert length.acceptance.chance("model") == length.acceptance.chance("model", None, position=3)
     length.record("", 0, 0, 0.0, 1.0)
     for _ in range(40):
         length.record("lookup", 1, 0, 1e-4, 1.1, 1)  # one matching token is never enough in this text
@@ -419,7 +419,7 @@ def test_adaptive_length_leaves_a_draft_alone_that_is_too_slow_to_ever_pay():
         if chosen := length.choose("slow"):
             used += 1
             length.record("slow", chosen, chosen, 3.0 * chosen, 1.05)  # always right, and three passes for a token
-        assert 0.0 <= length.acceptance("slow") <= 1.0
+        assert 0.0 <= length.acceptance.chance("slow") <= 1.0
     assert 2 <= used <= 60  # now and then, in case only a busy moment made it slow
     while not (chosen := length.choose("slow")):
         pass

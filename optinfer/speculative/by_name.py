@@ -1,0 +1,45 @@
+"""What a user may pass as ``draft``, to `speculative_decoding` and to `Engine` alike."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from optinfer.speculative.drafters import ChainDraft, Draft, ModelDraft, PromptLookupDraft, QuantizedDraft
+
+
+def as_draft(draft: "str | Draft | torch.nn.Module | Sequence[Any]") -> Draft:
+    """The drafter that is meant.
+
+    Args:
+        draft: a drafter; a smaller model; a name: ``"prompt_lookup"``, ``"head"`` (the trained head that comes with the
+            default model), ``"lookup_then_head"``, ``"int8"`` or ``"nf4"`` (the target itself, quantized); or a list of
+            these, asked in turn.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(draft, Draft):
+        return draft
+    if isinstance(draft, torch.nn.Module):
+        return ModelDraft(draft)
+    if isinstance(draft, (list, tuple)) and draft:
+        return ChainDraft([as_draft(member) for member in draft])
+    if isinstance(draft, str) and draft in _NAMED:
+        return _NAMED[draft]()
+    raise ValueError(f"draft must be a drafter, a model, a list of them, or one of {', '.join(_NAMED)}; got {draft!r}")
+
+
+def _head() -> Draft:
+    from optinfer.speculative.draft_head import HeadDraft
+
+    return HeadDraft.shipped()
+
+
+_NAMED: dict[str, Callable[[], Draft]] = {
+    "prompt_lookup": PromptLookupDraft,
+    "head": _head,
+    "lookup_then_head": lambda: ChainDraft([PromptLookupDraft(min_ngram=2), _head()]),
+    "int8": lambda: QuantizedDraft("int8"),
+    "nf4": lambda: QuantizedDraft("nf4"),
+}
