@@ -188,8 +188,8 @@ def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     given = {name for name, value in model_kwargs.items() if value is not None}
     if unknown := sorted(given - _INPUTS_OF_TEXT):
         raise ValueError(
-            f"speculative decoding runs the model on text alone, and does not pass on {', '.join(unknown)}; leave it out, "
-            f"or leave custom_generate out"
+            f"speculative decoding runs the model on text alone, no pictures or embeddings; it does not pass on "
+            f"{', '.join(unknown)}. Leave it out, or leave custom_generate out"
         )
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if positions is None:

@@ -4,8 +4,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import optinfer
 from optinfer import data
@@ -14,7 +22,7 @@ from optinfer.speculative.draft_head import DraftHead, HeadDraft
 from optinfer.speculative.draft_length import AdaptiveLength
 
 
-def llama(seed, vocab=40, layers=3):
+def llama(seed, vocab=40, layers=3, **changes):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -29,6 +37,7 @@ def llama(seed, vocab=40, layers=3):
         pad_token_id=0,
         initializer_range=0.2,
     )
+    config.update(changes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -173,6 +182,115 @@ def test_processors_see_the_text_at_each_position(target):
         assert torch.equal(speculate(target, drafts(target)[name], num_draft_tokens=4, **options).sequences, plain)
 
 
+class Counting(LogitsProcessor):
+    """Behaves by how often it was asked: forces a token at its third and sixth call, and keeps what it saw."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, input_ids, scores):
+        self.asked.append(input_ids.shape[1])
+        if len(self.asked) in (3, 6):
+            scores = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([len(self.asked)]), 0.0)
+        return scores
+
+
+@pytest.mark.parametrize("name", ["another model", "itself", "lookup", "head", "chain"])
+def test_processors_that_remember_are_asked_as_in_plain_decoding(target, name):
+    counts = Counting(), Counting()
+    options = {"do_sample": False, **LENGTH}
+    plain = target.generate(PROMPT, logits_processor=LogitsProcessorList([counts[0]]), **options)
+    out = speculate(
+        target, drafts(target)[name], logits_processor=LogitsProcessorList([counts[1]]), num_draft_tokens=4, **options
+    )
+    assert torch.equal(out.sequences, plain) and counts[0].asked == counts[1].asked
+    assert any(r.drafted for r in out.statistics.rounds)
+
+
+def test_guidance_is_plain_decodings(target):
+    """Classifier-free guidance runs the model itself, on a cache of its own, once per token."""
+    options = {"do_sample": False, "guidance_scale": 1.7, "negative_prompt_ids": PROMPT[:, :2], **LENGTH}
+    plain = target.generate(PROMPT, **options)
+    assert not torch.equal(plain, target.generate(PROMPT, do_sample=False, **LENGTH))
+    for name in ("itself", "lookup"):
+        assert torch.equal(speculate(target, drafts(target)[name], **options).sequences, plain)
+
+
+def test_sampled_texts_under_a_processor_that_remembers_have_the_targets_law():
+    """At its second call it leaves one token: so the first token has the target's law, and the second is certain."""
+
+    class SecondIsFive(LogitsProcessor):
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.calls += 1
+            only_five = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([5]), 0.0)
+            return only_five if self.calls == 2 else scores
+
+    target, n, generator = llama(0, vocab=12), 300, torch.Generator().manual_seed(3)
+    prompt, draft = PROMPT % 12, ModelDraft(llama(9, vocab=12, layers=1))
+    counts = torch.zeros(12, dtype=torch.float64)
+    for _ in range(n):
+        out = speculate(
+            target, draft, prompt, do_sample=True, max_new_tokens=2, generator=generator, eos_token_id=None,
+            pad_token_id=0, top_k=0, logits_processor=LogitsProcessorList([SecondIsFive()]),
+        )  # fmt: skip
+        assert out.sequences[0, -1] == 5
+        counts[out.sequences[0, -2]] += 1
+    law = target(prompt).logits[0, -1].double().softmax(-1) * n
+    assert chisquare(counts.tolist(), (law * counts.sum() / law.sum()).tolist()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
+        ({"position_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11]])}, "position_ids"),
+    ],
+)
+def test_inputs_that_are_not_text_are_refused(target, inputs, says):
+    prompt = None if "inputs_embeds" in inputs else PROMPT[:, :7]
+    with pytest.raises(ValueError, match=says):
+        speculate(target, "prompt_lookup", prompt, do_sample=False, **inputs, **LENGTH)
+
+
+def test_pictures_are_refused():
+    """A model that would take them: they would be dropped after the first pass."""
+    config = transformers.LlavaConfig(
+        text_config=llama(0).config,
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        image_token_id=39,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    prompt = torch.tensor([[1, 39, 39, 39, 39, 5]])
+    options = {"do_sample": False, **LENGTH}
+    with pytest.raises(ValueError, match="text alone, no pictures.*(pixel_values|mm_encoder_outputs)"):
+        speculate(model, "prompt_lookup", prompt, pixel_values=torch.randn(1, 3, 8, 8), **options)
+    plain = model.generate(PROMPT % 39, **options)  # without one it is a text model like any other
+    assert torch.equal(speculate(model, "prompt_lookup", PROMPT % 39, **options).sequences, plain)
+
+
+def test_a_draft_with_a_shorter_context(target):
+    short = llama(9, layers=1, max_position_embeddings=PROMPT.shape[1] + 6)
+    plain = target.generate(PROMPT, do_sample=False, **LENGTH)
+    out = speculate(target, short, do_sample=False, num_draft_tokens=4, **LENGTH)
+    assert torch.equal(out.sequences, plain)
+    length, rounds = PROMPT.shape[1], out.statistics.rounds
+    for r in rounds:
+        assert not r.drafted or length + len(r.drafted) - 1 <= short.config.max_position_embeddings
+        length += len(r.emitted)
+    assert any(r.drafted for r in rounds) and not rounds[-1].drafted
+
+
+def test_a_draft_that_cannot_forget_is_refused(target):
+    config = transformers.MistralConfig(**llama(0).config.to_dict() | {"sliding_window": 4})
+    with pytest.raises(ValueError, match="the draft, a MistralForCausalLM, cannot take part"):
+        speculate(target, transformers.MistralForCausalLM(config).eval(), do_sample=False, **LENGTH)
+
+
 def test_padded_prompt(target):
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
@@ -287,6 +405,8 @@ def test_seeds_reproduce(target):
         ({"draft": "prompt_look"}, "prompt_lookup"),
         ({"draft": SelfDraft(99)}, "layers"),
         ({"output_scores": True}, "output_scores"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"draft": []}, "draft must be"),
     ],
 )
 def test_bad_input(target, options, says):
