@@ -185,7 +185,9 @@ def _check_mode(model: Any, input_ids: Tensor, config: Any, cache: Any, num_draf
 
 def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     """Text alone, at the positions that text has: whatever else the model was given would be lost on the way."""
-    given = {name for name, value in model_kwargs.items() if value is not None}
+    given = {
+        name for name, value in model_kwargs.items() if not (value is None or (isinstance(value, dict) and not value))
+    }
     if unknown := sorted(given - _INPUTS_OF_TEXT):
         raise ValueError(
             f"speculative decoding runs the model on text alone, no pictures or embeddings; it does not pass on "
