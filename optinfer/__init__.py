@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from optinfer import plugins
+
 if "torch" not in sys.modules:
     # Between two operations torch's threads would spin for milliseconds, on cores that the C++ kernels' threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,6 +45,9 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'optinfer' has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
+
+
+plugins.register_when_imported()
 
 
 def __dir__() -> list[str]:

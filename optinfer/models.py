@@ -59,10 +59,6 @@ def load_model(
 
     import optinfer.hardware as hardware
 
-    if name is not None or kwargs:  # a folder may be in our own format, an attn_implementation may be ours
-        import optinfer.attention
-        import optinfer.quantization  # noqa: F401  both register with transformers
-
     device = torch.device(device) if device is not None else hardware.default_device()
     dtype = dtype if dtype is not None else hardware.default_dtype(device)
     source = default_model_path() if name is None or str(name) == DEFAULT_MODEL else _folder_or_hub_id(name)

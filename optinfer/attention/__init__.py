@@ -6,7 +6,7 @@
     merge_attention           attention over all keys from attention over parts
     hbm_bytes                 the memory traffic of each, predicted; HbmCounter counts it
 
-Importing this package makes `attn_implementation="optinfer"` known to transformers.
+`attn_implementation="optinfer"` is known to transformers as soon as optinfer is imported (`optinfer.plugins`).
 """
 
 from optinfer.attention.dispatch import BACKENDS, UnsupportedBackend, flash_attention, select_backend
@@ -19,9 +19,6 @@ from optinfer.attention.traffic import (
     hbm_bytes,
     score_matrix_bytes,
 )
-from optinfer.attention.transformers_backend import register_when_imported
-
-register_when_imported()
 
 __all__ = [
     "BACKENDS",

@@ -5,9 +5,6 @@ layer, `attention_forward`. The rule between the two: None means "the last query
 do by themselves; anything else is a ready 4-D mask, and torch's SDPA takes over.
 """
 
-import importlib.abc
-import importlib.util
-import sys
 from typing import Any
 
 import torch
@@ -28,18 +25,23 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention: query [B, H, N, D], key and value [B, Hkv, M, D], not repeated -> [B, N, H, D], None."""
+    """One layer's attention: query [B, H, N, D], key and value [B, Hkv, M, D], not repeated -> [B, N, H, D], None.
+
+    Raises UnsupportedModel, a ValueError: the layer asks for something that is not done here (dropout, attention sinks, a
+    bias, whatever a family has come up with).
+    """
     if dropout:
-        raise ValueError(f"attn_implementation='{NAME}' is for inference: dropout must be 0, got {dropout}")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"attn_implementation='{NAME}' has no attention sinks (s_aux); use 'eager'")
+        raise needs.UnsupportedModel(
+            f"attn_implementation='{NAME}' is for inference: dropout must be 0, got {dropout}"
+        )
+    asked = needs.read_needs(module, kwargs, causal=True)
+    if asked["sinks"] is not None:
+        raise needs.UnsupportedModel(f"attn_implementation='{NAME}' has no attention sinks (s_aux); use 'eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = sliding_window if causal else None
+    window, softcap = asked["window"] if causal else None, asked["softcap"]
     if attention_mask is None and value.shape[-1] == key.shape[-1]:
         out = flash_attention(query, key, value, causal, scaling, window=window, softcap=softcap)
     else:
@@ -102,30 +104,3 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
     needs.register()
-
-
-def register_when_imported() -> None:
-    """Register now if transformers' models are loaded, else right after they are: loading them takes seconds."""
-    if "transformers.modeling_utils" in sys.modules:
-        register()
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
-
-
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Lets the ordinary import of transformers.modeling_utils happen, then registers; works once."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "transformers.modeling_utils":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_register(module: Any) -> None:
-                load(module)
-                register()
-
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
-        return spec

@@ -194,7 +194,6 @@ def setup(name: str, min_memory: float = 0.0, seed: int = 0) -> Lesson:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _register_plugins()
     plots.style()
     random.seed(seed)
     np.random.seed(seed)
@@ -203,12 +202,6 @@ def setup(name: str, min_memory: float = 0.0, seed: int = 0) -> Lesson:
     lesson = Lesson(name, device, hardware.default_dtype(device), seed)
     _print_environment(lesson, min_memory)
     return lesson
-
-
-def _register_plugins() -> None:
-    """So that ``from_pretrained`` knows our quantizer and ``attn_implementation="optinfer"``."""
-    import optinfer.attention
-    import optinfer.quantization  # noqa: F401
 
 
 def _print_environment(lesson: Lesson, min_memory: float) -> None:

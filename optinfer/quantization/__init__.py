@@ -1,7 +1,7 @@
 """Lessons 1 and 2: fewer bits per weight.
 
 The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8() are those of bitsandbytes
-0.50. Importing this package registers the quantizer ``"optinfer"`` with transformers.
+0.50. The quantizer ``"optinfer"`` is known to transformers once optinfer is imported.
 """
 
 # A function may share its module's name (gptq, awq, calibrate, qat, smoothquant): imported here, the name is the function.

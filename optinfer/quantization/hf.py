@@ -2,7 +2,7 @@
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=OptinferConfig("nf4", double_quant=True))
 
-Importing this module registers the quantizer. A folder saved this way needs `import optinfer.quantization`
+`import optinfer` makes the quantizer known (`optinfer.plugins`). A folder saved this way needs that import
 before it is loaded again: transformers only warns about a method it does not know.
 """
 

@@ -152,19 +152,43 @@ def test_refuses_what_it_cannot_do():
     q = torch.zeros(1, 4, 5, 16)
     with pytest.raises(ValueError, match="dropout"):
         transformers_backend.attention_forward(attention, q, q, q, None, dropout=0.1)
-    with pytest.raises(ValueError, match="sinks"):
-        transformers_backend.attention_forward(attention, q, q, q, None, s_aux=torch.zeros(4))
+    for asked in ({"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(5)}, {"never_heard_of": 3}):
+        with pytest.raises(ValueError, match="sinks|position_bias|never_heard_of"):
+            transformers_backend.attention_forward(attention, q, q, q, None, **asked)
+    usual = {"position_ids": torch.arange(5), "use_cache": True, "never_heard_of": None}
+    transformers_backend.attention_forward(attention, q, q, q, None, **usual)
 
 
 @pytest.mark.parametrize("order", ("before", "after"))
 def test_registered_whatever_is_imported_first(order):
-    lines = ["import optinfer.attention", "import transformers.modeling_utils"]
+    lines = ["import optinfer", "import transformers.modeling_utils"]
     code = lines if order == "before" else lines[::-1]
     code.append("from transformers import AttentionInterface as A; assert 'optinfer' in A().valid_keys()")
     code.append(
         "from transformers.masking_utils import AttentionMaskInterface as M; assert 'optinfer' in M().valid_keys()"
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_registered_for_a_folder_of_ours_and_our_attention(tmp_path):
+    """`import optinfer` alone, as a user would: models with our attention, and folders in our format."""
+    import optinfer
+
+    model = MODELS["llama"]()
+    optinfer.quantize(model, "int8", progress=False).save_pretrained(tmp_path)
+    code = f"""
+import sys
+import optinfer
+assert "transformers" not in sys.modules and "torch" not in sys.modules
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation="optinfer")
+assert type(model.model.layers[0].self_attn.q_proj).__name__ == "QuantizedLinear"
+import torch
+model(torch.tensor([[5, 6, 7]]))
+assert not any(type(finder).__name__ == "_RegisterAfterImport" for finder in sys.meta_path)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,7 @@
 """Every causal language model family of the installed transformers as a tiny random model, each tried in its own process.
 
-    python tests/serving/families.py [CONFIG ...]     # prints one line per family, and writes nothing
+    python -m tests.serving.families [CONFIG ...]     # prints one line per family
+    python -m tests.serving.families --page           # writes the book's page, notebooks/book/families.md
 
 `try_families` is for tests: what became of each (served with the tokens of `generate`, refused with a reason, wrong, died).
 """
@@ -10,6 +11,7 @@ import multiprocessing
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,13 @@ SIZES = {
     8: ["qk_rope_head_dim", "qk_nope_head_dim", "attention_chunk_size", "index_topk"],
     1: ["first_k_dense_replace", "n_group", "topk_group", "n_shared_experts", "bos_token_id"],
 }  # fmt: skip
+NEEDED = {"num_experts_per_tok", "num_key_value_heads", "head_dim"}  # where a family's own default is None, too
+# Families whose defaults hide what is special about them, or do not go together with these sizes.
+SPECIAL = {
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"], "mamba_d_head": 32},
+}
 TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
 PROMPTS = (1, 5, 17, 30, 41)
 
@@ -55,13 +64,14 @@ def tiny_model(config_class, seed=0, **changes):
     config = config_class()
     text = config.get_text_config()
     latent = any(_get(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
-    for size, names in SIZES.items():
+    for usual, names in SIZES.items():
         for name in names:
-            if name == "head_dim" and latent:
-                continue
-            if _get(text, name) is not None or (name == "head_dim" and hasattr(type(text), name)):
+            size = usual
+            if latent:  # every head has keys of its own, and head_dim is that of the rotated part
+                size = {"head_dim": 8, "num_key_value_heads": 4}.get(name, usual)
+            if _get(text, name) is not None or (name in NEEDED and _has(text, name)):
                 _set(text, name, size)
-    for name, value in {**TOKENS, **changes}.items():
+    for name, value in {**TOKENS, **SPECIAL.get(config_class.__name__, {}), **changes}.items():
         _set(text, name, value)
     kinds = _get(text, "layer_types")
     if kinds:
@@ -85,6 +95,13 @@ def _get(config, name):
         return None
 
 
+def _has(config, name):
+    try:
+        return hasattr(config, name) or hasattr(type(config), name)
+    except Exception:  # as above
+        return False
+
+
 def _set(config, name, value):
     with contextlib.suppress(AttributeError, NotImplementedError):  # a property that follows from others
         setattr(config, name, value)
@@ -98,8 +115,11 @@ def greedy(model, prompt, max_tokens):
     return out[0, len(prompt) :].tolist()
 
 
-def try_family(config_class, **options) -> Outcome:
-    """Serve a few prompts of a tiny model, in chunks and batches, and compare with `generate`."""
+def try_family(config_class, break_pages=False, **options) -> Outcome:
+    """Serve a few prompts of a tiny model, in chunks and batches, and compare with `generate`.
+
+    `break_pages` swaps the keys and the values of the first layer after every step: it shows that the comparison can fail.
+    """
     from optinfer.attention.needs import UnsupportedModel
     from optinfer.serving import Engine, SamplingParams
 
@@ -110,7 +130,20 @@ def try_family(config_class, **options) -> Outcome:
     try:
         engine = Engine(model, num_blocks=60, block_size=4, max_batched_tokens=24, max_model_len=128, **options)
     except UnsupportedModel as error:
+        if "cannot compute a plain prompt" in str(
+            error
+        ):  # our sizes do not go together: nothing is known of the family
+            return Outcome("not built", str(error))
         return Outcome("refused", str(error))
+    if break_pages:
+        run, pool = engine.runner.run, engine.runner.pool
+
+        def run_and_break(*args):
+            logits = run(*args)
+            pool.keys[0], pool.values[0] = pool.values[0].clone(), pool.keys[0].clone()
+            return logits
+
+        engine.runner.run = run_and_break
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 120, (n,), generator=generator).tolist() for n in PROMPTS]
     prompts.append([*prompts[-1][:24], 7, 8])  # a prefix hit
@@ -153,9 +186,40 @@ def try_families(families, work=try_family, seconds=300, **options):
             yield name, answer.get()
 
 
+def table(outcomes):
+    """The book's page of what became of all families."""
+    import transformers
+
+    kinds = [outcome.kind for outcome in outcomes.values()]
+    lines = [
+        "# Which models are served",
+        "",
+        f"Every causal language model family of transformers {transformers.__version__} was built as a tiny random model and",
+        "given to the engine: several prompts in chunks, in one batch, with a shared prefix. *Served*: the tokens are those of",
+        "`generate`. *Refused*: the engine says what the model needs and we do not do, before anything is computed.",
+        "",
+        f"{kinds.count('served')} served, {kinds.count('refused')} refused, {kinds.count('wrong')} wrong;",
+        f"{kinds.count('not built')} could not be built this small, so nothing is known of them.",
+        "",
+        "| family | outcome | why |",
+        "|---|---|---|",
+    ]
+    for name, outcome in sorted(outcomes.items(), key=lambda item: item[0].lower()):
+        why = " ".join(outcome.why.replace("|", "/").split())
+        lines.append(
+            f"| `{name.removesuffix('Config')}` | {outcome.kind} | {why if outcome.kind == 'refused' else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     known = causal_families()
-    chosen = {name: known[name] for name in sys.argv[1:]} or known
+    chosen = {name: known[name] for name in sys.argv[1:] if name != "--page"} or known
+    found = {}
     for family, outcome in try_families(chosen):
         print(family, outcome.kind, outcome.why, flush=True)
+        found[family] = outcome
+    if "--page" in sys.argv:
+        page = Path(__file__).parents[2] / "notebooks" / "book" / "families.md"
+        page.write_text(table(found), encoding="utf-8")
