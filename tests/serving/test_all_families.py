@@ -14,7 +14,8 @@ PAGE = Path(__file__).parents[2] / "notebooks" / "book" / "families.md"
 QUICK = {  # one of every kind
     "LlamaConfig": "served", "Qwen3Config": "served", "GPT2Config": "served", "Gemma2Config": "served",
     "GptOssConfig": "served", "DeepseekV3Config": "served", "OlmoeConfig": "served", "PhimoeConfig": "served",
-    "Gemma3TextConfig": "served", "DeepseekV32Config": "refused", "Llama4TextConfig": "refused", "MambaConfig": "refused", "RecurrentGemmaConfig": "refused", "BertConfig": "refused",
+    "Gemma3TextConfig": "served", "DeepseekV32Config": "refused",
+    "Llama4TextConfig": "refused", "MambaConfig": "refused", "RecurrentGemmaConfig": "refused", "BertConfig": "refused",
     "Lfm2Config": "refused", "GraniteMoeHybridConfig": "refused",
 }  # fmt: skip
 
