@@ -34,9 +34,7 @@ def attention_forward(
     bias, whatever a family has come up with).
     """
     if dropout:
-        raise needs.UnsupportedModel(
-            f"attn_implementation='{NAME}' is for inference: dropout must be 0, got {dropout}"
-        )
+        raise needs.UnsupportedModel(f"attn_implementation='{NAME}' is for inference: dropout must be 0, got {dropout}")
     asked = needs.read_needs(module, kwargs, causal=True)
     if asked["sinks"] is not None:
         raise needs.UnsupportedModel(f"attn_implementation='{NAME}' has no attention sinks (s_aux); use 'eager'")

@@ -9,12 +9,15 @@ operation before absorbs it: a norm's gain, or the rows of the projection that p
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from optinfer.quantization.calibrate import (
     Calibration,
@@ -25,7 +28,6 @@ from optinfer.quantization.calibrate import (
     install,
 )
 from optinfer.quantization.gptq import gptq_quantize
-from optinfer.quantization.model import linear_layers
 from optinfer.quantization.rtn import quantize_linear, round_linear
 from optinfer.quantization.tensor import QuantizedTensor
 
@@ -72,7 +74,8 @@ def scaling_groups(layer: nn.Module) -> list[Scaling]:
         ValueError: the layer is built in another way.
     """
     modules = dict(layer.named_modules())
-    before_mlp = "pre_feedforward_layernorm" if "pre_feedforward_layernorm" in modules else "post_attention_layernorm"
+    names = ("pre_feedforward_layernorm", "post_attention_layernorm")
+    before_mlp = next((name for name in names if name in modules), names[-1])
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     gated = ("mlp.gate_proj", "mlp.up_proj")
     needed = {"input_layernorm", before_mlp, *attention, *gated, "self_attn.o_proj", "mlp.down_proj"}
@@ -117,6 +120,45 @@ def fold(layer: nn.Module, scaling: Scaling, scale: Tensor) -> None:
     for name in scaling.linears:
         weight = layer.get_submodule(name).weight
         weight.copy_(weight.float() * scale)
+
+
+@torch.no_grad()
+def foldable(layer: CalibrationLayer, scalings: list[tuple[Scaling, Tensor]]) -> list[tuple[Scaling, Tensor]]:
+    """Those pairs (scaling, scale) whose folding leaves the layer's output as it is, to 1e-4; a warning names the others.
+
+    Names do not tell how a layer is wired: there may be a norm between two projections, or a norm without a gain. So each
+    folding is tried out, on a copy in float32.
+    """
+    usual = _folded_output(layer, [])
+    assert usual is not None
+
+    def same(pairs: list[tuple[Scaling, Tensor]]) -> bool:
+        folded = _folded_output(layer, pairs)
+        return folded is not None and bool((folded - usual).abs().max() <= 1e-4 * usual.abs().max())
+
+    if same(scalings):
+        return scalings
+    kept = [pair for pair in scalings if same([pair])]
+    left = [f"{s.previous} into {', '.join(s.linears)}" for s, scale in scalings if all(s is not k for k, _ in kept)]
+    warnings.warn(
+        f"{layer.name} computes something else when a scale moves from {'; from '.join(left)}: left unscaled", stacklevel=2
+    )
+    return kept
+
+
+def _folded_output(layer: CalibrationLayer, pairs: list[tuple[Scaling, Tensor]]) -> Tensor | None:
+    """What the layer makes of its first batch, in float32, with scales folded; None if they cannot be."""
+    twin = copy.deepcopy(layer.module).float()
+    try:
+        for scaling, scale in pairs:
+            fold(twin, scaling, scale)
+    except (AttributeError, RuntimeError):  # a norm without a gain, or of another width
+        return None
+    in_float: Any = tree_map(
+        lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, (layer.batches[0], layer.arguments)
+    )
+    out = twin(in_float[0], **in_float[1])
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _scale(mean_abs: Tensor, alpha: float) -> Tensor:
@@ -248,7 +290,7 @@ def scale_layer(
         found.append((scaling, scale))
         if trace is not None:
             trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search
-    for scaling, scale in found:
+    for scaling, scale in foldable(layer, found):
         fold(layer.module, scaling, scale)
         shared = layer.statistics[scaling.linears[0]].scaled(1 / scale)
         for name in scaling.linears:
@@ -319,5 +361,5 @@ def awq(
 
 def unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Norm gains and biases: all parameters that are not a linear layer's weight."""
-    weights = {id(linear.weight) for linear in linear_layers(layer).values()}
+    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
     return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]

@@ -182,7 +182,7 @@ def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.
     if missing or loaded.unexpected_keys:
         wrong = [f"missing: {n}" for n in missing] + [f"unexpected: {n}" for n in loaded.unexpected_keys]
         raise ValueError(f"{path} does not fit its config.json; {'; '.join(wrong[:5])}")
-    mark_quantized(model, scheme, ())
+    mark_quantized(model, scheme)
     return model.eval()
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optinfer.quantization.layers import select_layers
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import linear_layers, mark_quantized, refuse_quantized, replace_module
+from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized, replace_module
 from optinfer.quantization.rtn import BITS
 from optinfer.quantization.schemes import Scheme
 from optinfer.quantization.tensor import QuantizedTensor
@@ -102,9 +103,6 @@ class CalibrationLayer:
     linears: dict[str, nn.Linear] = field(default_factory=dict)
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.linears = linear_layers(self.module)
-
     def run(self, batch: Tensor) -> Tensor:
         """The layer's output for one batch of inputs."""
         out = self.module(batch, **self.arguments)
@@ -171,6 +169,7 @@ class Calibration:
         self.batch_size = max(n for n in range(1, batch_size + 1) if len(sequences) % n == 0)
         self.progress = progress
         self.layers = decoder_layers(model)
+        self.names = {prefix: list(linears) for prefix, linears in decoder_linears(model).items()}
 
     @property
     def num_tokens(self) -> int:
@@ -186,7 +185,9 @@ class Calibration:
         batches, arguments = self._first_inputs()
         walk = tqdm(self.layers.items(), desc="calibrating", unit="layer", disable=not self.progress)
         for (name, layer), extra in zip(walk, arguments):
-            work = CalibrationLayer(name, copy.deepcopy(layer), batches, extra)
+            twin = copy.deepcopy(layer)
+            linears: Any = {inner: twin.get_submodule(inner) for inner in self.names[name]}
+            work = CalibrationLayer(name, twin, batches, extra, linears)
             work.observe()
             yield work
             work.statistics = {}  # freed before the layer runs again
@@ -276,16 +277,15 @@ def calibrate(
 
         texts = data.text("calibration")
     refuse_quantized(model)
-    layers = decoder_layers(model)
     length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
     sequences = _sequences(tokenizer, texts, num_sequences, length)
-    widths = {
-        f"{prefix}.{inner}": linear.in_features
-        for prefix, layer in layers.items()
-        for inner, linear in linear_layers(layer).items()
-    }
+    widths = {}
+    for prefix, linears in decoder_linears(model).items():
+        for inner, linear in linears.items():
+            check_present(f"{prefix}.{inner}", linear)
+            widths[f"{prefix}.{inner}"] = linear.in_features
     if not widths:
-        raise ValueError(f"the layers of {type(model).__name__} hold no linear layers")
+        raise ValueError(f"the layers of {type(model).__name__} hold no linear layers that can be quantized")
     name, widest = max(widths.items(), key=lambda pair: pair[1])
     if sequences.numel() < widest:
         raise CalibrationError(
@@ -309,12 +309,33 @@ def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) 
 
 
 def decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The decoder's layers by name: the one list of modules as long as the config says."""
+    """The decoder's layers by name: its one list of modules as long as the config says.
+
+    A vision tower may have a list as long; the model says which part of it writes text.
+    """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    for name, module in sorted(found, key=lambda pair: id(pair[1]) not in inside):
+        return {f"{name}.{i}": layer for i, layer in enumerate(module)}
     raise ValueError(f"{type(model).__name__} is not a decoder that keeps its {count} layers in one list")
+
+
+def decoder_linears(model: Any) -> dict[str, dict[str, nn.Linear]]:
+    """For each of the decoder's layers the linear layers to quantize, by their names within it.
+
+    Raises ValueError: see `select_layers`.
+    """
+    chosen = {name: layer for name, layer in select_layers(model).layers.items() if isinstance(layer, nn.Linear)}
+    return {
+        prefix: {name[len(prefix) + 1 :]: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.")}
+        for prefix in decoder_layers(model)
+    }
 
 
 def check_groups(model: Any, bits: int, group_size: int) -> None:
@@ -324,8 +345,8 @@ def check_groups(model: Any, bits: int, group_size: int) -> None:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a positive int, got {group_size!r}")
     widths: dict[int, str] = {}
-    for prefix, layer in decoder_layers(model).items():
-        for name, linear in linear_layers(layer).items():
+    for prefix, linears in decoder_linears(model).items():
+        for name, linear in linears.items():
             widths.setdefault(linear.in_features, f"{prefix}.{name}")
     for width, name in widths.items():
         if width % group_size:
@@ -342,5 +363,5 @@ def install(model: Any, quantized: dict[str, QuantizedTensor], threshold: float 
         linear = model.get_submodule(name)
         replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
     scheme = replace(Scheme.of(next(iter(quantized.values()))), threshold=threshold)
-    mark_quantized(model, scheme, ())
+    mark_quantized(model, scheme)
     return model

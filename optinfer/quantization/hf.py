@@ -8,6 +8,7 @@ before it is loaded again: transformers only warns about a method it does not kn
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optinfer.quantization.checks import FLOAT_DTYPES, check_weight
+from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear, parameter_name
-from optinfer.quantization.model import linear_layers, replace_module
+from optinfer.quantization.model import replace_module
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]
@@ -35,7 +37,8 @@ class OptinferConfig(QuantizationConfigMixin):
 
     Args:
         scheme, double_quant, block_size, symmetric, threshold: see `optinfer.quantization.quantize`.
-        modules_to_not_convert: names of further layers to leave alone.
+        modules_to_not_convert: names of further layers to leave alone, as `quantize` takes them in `skip`. In the
+            configuration of a quantized model: the full names of all linear layers that hold ordinary weights.
         act_order: columns carry a group index (checkpoints from GPTQ in activation order).
 
     Raises:
@@ -83,9 +86,13 @@ class _UnquantizedLinear(QuantizedLinear):
     dtype of the parameter it is for before they quantize it: a uint8 placeholder would destroy the weight.
     """
 
-    def __init__(self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, transposed: bool
+    ) -> None:
         super().__init__(in_features, out_features, scheme, bias, dtype)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        self.transposed = transposed  # the checkpoint holds [in, out], as GPT-2's
 
 
 class _Quantize(ConversionOps):
@@ -106,6 +113,8 @@ class _Quantize(ConversionOps):
         for full_name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             check_weight(weight, full_name)
+            if model is not None and get_module_from_name(model, full_name)[0].transposed:
+                weight = weight.T.contiguous()
             prefix = full_name.removesuffix("weight")
             for name, tensor in self.hf_quantizer.scheme.quantize(weight).tensors().items():
                 key = prefix + parameter_name(name)
@@ -131,23 +140,28 @@ class OptinferQuantizer(HfQuantizer):
                 if isinstance(module, QuantizedLinear):
                     raise ValueError("the model is quantized already")
         config: Any = self.quantization_config
-        skip = config.modules_to_not_convert or ()
-        layers = linear_layers(model, skip)
+        named = config.modules_to_not_convert or ()
+        if self.pre_quantized:  # what was done is known; rules and trials are for those who decide
+            layers = select_layers(model, watch=False, experts=True).layers
+            for name in recorded(layers, named):
+                del layers[name]
+        else:
+            layers = select_layers(model, named).layers
         if not layers:
             raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
-        kind = QuantizedLinear if self.pre_quantized else _UnquantizedLinear
-        for linear in layers.values():
+        for layer in layers.values():
+            rows, columns = matrix_of(layer).shape
+            arguments = (columns, rows, self.scheme, layer.bias is not None, layer.weight.dtype)
             with torch.device("meta"):
-                new = kind(
-                    linear.in_features,
-                    linear.out_features,
-                    self.scheme,
-                    linear.bias is not None,
-                    linear.weight.dtype,
-                )
-            replace_module(model, linear, new)
+                if self.pre_quantized:
+                    new = QuantizedLinear(*arguments)
+                else:
+                    new = _UnquantizedLinear(*arguments, transposed=not isinstance(layer, nn.Linear))
+            replace_module(model, layer, new)
         if self.pre_quantized:
             _check_complete(model, kwargs.get("checkpoint_files") or ())
+        else:
+            config.modules_to_not_convert = unquantized_layers(model)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -186,24 +200,35 @@ class OptinferQuantizer(HfQuantizer):
 
 
 def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Raise ValueError if safetensors files lack a tensor of a quantized layer: transformers would make one up."""
+    """Raise ValueError if safetensors files lack a tensor of a quantized layer: transformers would make one up.
+
+    Names in files begin differently from a model's (with a prefix or without, or renamed by its family), so they are
+    compared, and counted, from the number of the layer on.
+    """
     from safetensors import safe_open
 
-    present: set[str] = set()
+    present: Counter[str] = Counter()
     for file in files:
         if not str(file).endswith(".safetensors"):
             return
         with safe_open(file, framework="pt") as opened:
-            present.update(opened.keys())
+            present.update(map(_tail, opened.keys()))
     if not present:
         return
-    present |= {key.split(".", 1)[-1] for key in present}  # saved with or without the base model's prefix
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=True):
         if isinstance(module, QuantizedLinear):
-            for parameter in module._parameters:
+            for parameter, value in module._parameters.items():
                 key = f"{name}.{parameter}"
-                if module._parameters[parameter] is not None and not {key, key.split(".", 1)[-1]} & present:
+                present[_tail(key)] -= value is not None
+                if value is not None and present[_tail(key)] < 0:
                     raise ValueError(f"{key} is missing from the checkpoint")
+
+
+def _tail(key: str) -> str:
+    """A tensor's name from the last number in it on, or its last two parts: ``layers.3.mlp.up_proj.weight`` -> ``3.mlp…``."""
+    parts = key.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] :] if numbers else parts[-2:])
 
 
 def _check_loaded(name: str, layer: QuantizedLinear) -> None:

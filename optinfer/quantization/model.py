@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
+from optinfer.quantization.layers import Selection, linear_layers, matrix_of, select_layers, unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
@@ -23,12 +24,13 @@ def quantize(
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
     """Replace the weights of a model's linear layers by quantized ones, one layer at a time, in place.
 
-    Embeddings, norms and the output head keep their dtype.
+    Embeddings, norms, heads, and layers that cannot be replaced unnoticed keep their dtype (see `select_layers`);
+    which, and why, is in the printed summary and in ``Selection.left``.
 
     Args:
         model: a transformers model or any module, weights in float32, bfloat16 or float16.
@@ -37,62 +39,76 @@ def quantize(
         double_quant: nf4 and fp4: store the scales in 8 bits too.
         symmetric: int2 … int8: False stores a zero point with each scale.
         threshold: llm_int8: features this large stay in 16 bits.
-        skip: names of further layers to leave alone (``"q_proj"``, or a full path).
-        progress: show a bar.
+        skip: further layers to leave alone: names, last components (``"q_proj"``), containers (``"model.layers.0"``) or
+            patterns (``"*.layers.[0-3].*"``).
+        progress: show a bar, and print which share of the weights was quantized.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: unknown scheme or option; no linear layers; quantized before; NaN, Inf or an empty weight.
+        ValueError: unknown scheme or option; no linear layers; quantized before; NaN, Inf or an empty weight; a pattern of
+            `skip` that matches nothing; weights that are not in this process's memory; experts held as one parameter.
         TypeError: `model` is no module; a weight of another dtype. In all cases nothing has changed.
     """
     resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     refuse_quantized(model)
-    skip = tuple(skip)
-    layers = linear_layers(model, skip)
+    selection = select_layers(model, skip)
+    layers = selection.layers
     if not layers:
-        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
-        raise ValueError(f"{type(model).__name__} has no linear layers to quantize; it consists of {', '.join(kinds)}")
-    for name, linear in layers.items():
-        if linear.weight.is_meta:
-            raise ValueError(f"{name}.weight has no data (meta device): load the model first")
-        check_weight(linear.weight, f"{name}.weight")
+        raise ValueError(f"{type(model).__name__} has no linear layers to quantize; {_why_none(model, selection)}")
+    for name, layer in layers.items():
+        check_present(name, layer)
+        check_weight(layer.weight, f"{name}.weight")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(layer.weight.numel() for layer in layers.values()) / total
+    num_layers = len(layers)
 
     for name in tqdm(list(layers), desc=f"quantize to {scheme}", leave=False, disable=not progress):
-        linear = layers.pop(name)
-        replace_module(model, linear, QuantizedLinear.from_linear(linear, resolved))
-    mark_quantized(model, resolved, skip)
+        layer = layers.pop(name)
+        replace_module(model, layer, quantized_layer(layer, resolved))
+    mark_quantized(model, resolved)
+    if progress:
+        print(f"{scheme}: {num_layers} linear layers, {share:.0%} of the weights{_left(selection)}")
     return model
 
 
-def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers to quantize, by name: all but the output head and those that share an embedding's
-    weight.
+def quantized_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLinear:
+    """The quantized twin of a linear layer (or of GPT-2's `Conv1D`)."""
+    return QuantizedLinear.from_quantized(
+        scheme.quantize(matrix_of(layer)),
+        layer.bias,
+        scheme.threshold,  # type: ignore[arg-type]
+    )
 
-    Args:
-        skip: last components or full names of layers to leave out.
 
-    Raises:
-        ValueError: a name in `skip` matches no module.
-    """
-    skip = set(skip)
-    names = {name for name, _ in model.named_modules()}
-    known = names | {name.rsplit(".", 1)[-1] for name in names}
-    if unknown := sorted(skip - known):
-        raise ValueError(f"skip names no module of the model: {', '.join(unknown)}")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+def check_present(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if a layer's weight is not in memory."""
+    if not layer.weight.is_meta:  # type: ignore[union-attr]
+        return
+    if hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            f"{name} is offloaded by accelerate (device_map): its weight is not in memory. Load the model without offloading, "
+            "or quantize it while it is loaded: from_pretrained(…, quantization_config=OptinferConfig(…))"
+        )
+    raise ValueError(f"{name}.weight has no data (meta device): load the model first")
 
-    def wanted(name: str, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or module is head or id(module.weight) in embeddings:
-            return False
-        last = name.rsplit(".", 1)[-1]
-        return name not in skip and last not in skip and last != "lm_head"
 
-    return {name: module for name, module in model.named_modules() if wanted(name, module)}
+def _why_none(model: nn.Module, selection: Selection) -> str:
+    if selection.left:
+        return "left alone: " + ", ".join(f"{name} ({why})" for name, why in list(selection.left.items())[:5])
+    return f"it consists of {', '.join(sorted({type(m).__name__ for m in model.modules() if not list(m.children())}))}"
+
+
+def _left(selection: Selection) -> str:
+    """What was left, in a few words: one example of each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in selection.left.items():
+        reasons.setdefault(why, []).append(name)
+    parts = [f"{len(names)}: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in reasons.items()]
+    return "; left alone " + "; ".join(parts) if parts else ""
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -116,8 +132,11 @@ def refuse_quantized(model: nn.Module) -> None:
             raise ValueError(f"the model is quantized already: {name} is {type(module).__qualname__} of bitsandbytes")
 
 
-def mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
-    """Tell transformers, so that `save_pretrained` and `from_pretrained` make a round trip."""
+def mark_quantized(model: Any, scheme: Scheme) -> None:
+    """Tell transformers, so that `save_pretrained` and `from_pretrained` make a round trip.
+
+    What was left is read off the model itself, so that the configuration says what was done.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -125,7 +144,7 @@ def mark_quantized(model: Any, scheme: Scheme, skip: tuple[str, ...]) -> None:
     model = cast(Any, model)
     from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer
 
-    config = OptinferConfig.from_scheme(scheme, list(skip) or None)
+    config = OptinferConfig.from_scheme(scheme, unquantized_layers(model))
     model.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.is_quantized = True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.awq import fold, scaling_groups, unquantized_parameters
+from optinfer.quantization.awq import fold, foldable, scaling_groups, unquantized_parameters
 from optinfer.quantization.calibrate import Calibration, CalibrationLayer, calibrate, install
 from optinfer.quantization.int8 import quantize_int8
 from optinfer.quantization.tensor import QuantizedTensor
@@ -33,10 +33,14 @@ def smoothing_scale(max_abs: Tensor, weights: list[Tensor], alpha: float) -> Ten
 @torch.no_grad()
 def smooth_layer(layer: CalibrationLayer, alpha: float = 0.5) -> None:
     """Smooth the inputs that come out of a norm (paper, section 4.3), in the observed layer's copy."""
+    found = []
     for scaling in scaling_groups(layer.module):
         if not isinstance(layer.module.get_submodule(scaling.previous), nn.Linear):
             weights = [layer.linears[name].weight for name in scaling.linears]
-            fold(layer.module, scaling, smoothing_scale(layer.statistics[scaling.linears[0]].max_abs, weights, alpha))
+            scale = smoothing_scale(layer.statistics[scaling.linears[0]].max_abs, weights, alpha)
+            found.append((scaling, scale))
+    for scaling, scale in foldable(layer, found):
+        fold(layer.module, scaling, scale)
 
 
 def smoothquant(

@@ -1,0 +1,256 @@
+"""Which layers of a model are quantized, and why others are not.
+
+A layer may be replaced only if nobody can tell: plain linear layers whose weight nobody but themselves reads. Tables of
+model families age, so a short input is run through the model while its linear layers write down who asks for their weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+__all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is to be quantized.
+
+    Attributes:
+        layers: the linear layers, by name; a module that is used under several names, under the first.
+        left: names of linear layers (and of stacks of experts) that keep their weights, with the reason.
+    """
+
+    layers: dict[str, Any] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def linear_layers(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str, nn.Linear]:
+    """The `nn.Linear` layers that `select_layers` finds, without trying the model out.
+
+    Raises: ValueError as `select_layers`.
+    """
+    found = select_layers(model, skip, watch=False, experts=True).layers
+    return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+
+
+def select_layers(
+    model: nn.Module, skip: str | Iterable[str] = (), watch: bool = True, experts: bool = False
+) -> Selection:
+    """Choose the layers to quantize.
+
+    Left alone are: output and task heads, layers that share an embedding's weight, subclasses of `nn.Linear` (their
+    code is not known), what the model keeps in float32, adapters, layers whose weight other code reads, and `skip`.
+
+    Args:
+        model: on any device, the meta device too.
+        skip: layers to leave alone: full names, last components (``"k_proj"``), containers (``"model.layers.0"``,
+            ``"mlp"``), or patterns (``"*.layers.[0-3].*"``).
+        watch: run a short input through the model to see whose weights are read; without it only rules decide.
+        experts: whether weights held as stacks of matrices may be left in silence.
+
+    Raises:
+        ValueError: a pattern of `skip` matches nothing, or most weights are experts held as one parameter.
+    """
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    modules = dict(model.named_modules())
+    _check_patterns(patterns, [*modules, *(name for name, _ in model.named_parameters())])
+    rules = _Rules(model)
+    selection = Selection()
+    for name, module in modules.items():
+        if not name or not isinstance(module, (nn.Linear, *_transposed_kinds())):
+            continue
+        if reason := _skipped(name, patterns) or rules.reason(name, module):
+            selection.left[name] = reason
+        else:
+            selection.layers[name] = module
+    if watch:
+        for name in _read_by_others(model, selection.layers):
+            del selection.layers[name]
+            selection.left[name] = "other code reads its weight"
+    if not experts:
+        selection.left.update(_experts(model, patterns))
+    return selection
+
+
+def unquantized_layers(model: nn.Module) -> list[str]:
+    """Full names of all linear layers that hold ordinary weights."""
+    kinds = (nn.Linear, *_transposed_kinds())
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def recorded(names: Iterable[str], left: Iterable[str]) -> set[str]:
+    """Which of a model's layers a checkpoint says were left alone.
+
+    The checkpoint may come from the same model with or without a head, whose names begin differently.
+    """
+    names, found = set(names), set()
+    for one in left:
+        if one in names:
+            found.add(one)
+        else:
+            found |= {name for name in names if name.endswith(f".{one}") or one.endswith(f".{name}")}
+    return found
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in]: GPT-2's `Conv1D` stores it the other way round."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def _transposed_kinds() -> tuple[type, ...]:
+    module = sys.modules.get("transformers.pytorch_utils")  # who has a Conv1D has imported it
+    return (module.Conv1D,) if module else ()
+
+
+# ---------------------------------------------------------------------------------------------- rules
+
+
+class _Rules:
+    def __init__(self, model: nn.Module):
+        self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        base = getattr(model, "base_model", None)
+        self.inside = {id(m) for m in base.modules()} if isinstance(base, nn.Module) and base is not model else None
+        if type(model).__module__.startswith("peft."):  # there the base model is all but the adapters
+            self.inside = None
+        kept = [getattr(model, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
+        self.kept = {part for names in kept for part in names}
+        self.adapters = {
+            id(part)
+            for module in model.modules()
+            for name in getattr(module, "adapter_layer_names", ())
+            if isinstance(child := getattr(module, name, None), nn.Module)
+            for part in child.modules()
+        }
+
+    def reason(self, name: str, module: nn.Module) -> str:
+        """Why a linear layer is left alone; empty if it is not."""
+        if module is self.head or name.rsplit(".", 1)[-1] == "lm_head":
+            return "the output head"
+        if id(module.weight) in self.embeddings:
+            return "it shares an embedding's weight"
+        if type(module) not in (nn.Linear, *_transposed_kinds()):
+            return f"a {type(module).__name__}, not a plain linear layer"
+        if id(module) in self.adapters:
+            return "an adapter"
+        if self.inside is not None and id(module) not in self.inside:
+            return "a task's head"
+        if any(_matches(name, part) for part in self.kept):
+            return "the model keeps it in float32"
+        return ""
+
+
+def _skipped(name: str, patterns: list[str]) -> str:
+    return "skip" if any(_matches(name, pattern) for pattern in patterns) else ""
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name, or one of its containers, is what the pattern names."""
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    return bool(pattern) and f".{pattern}." in f".{name}."
+
+
+def _check_patterns(patterns: list[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"skip holds names of layers as strings, got {pattern!r}")
+    if unknown := [pattern for pattern in patterns if not any(_matches(name, pattern) for name in names)]:
+        raise ValueError(f"skip names no module of the model: {', '.join(unknown)}")
+
+
+def _experts(model: nn.Module, patterns: list[str]) -> dict[str, str]:
+    """Stacks of expert matrices in one parameter: left only where the caller says so.
+
+    Raises ValueError: he does not.
+    """
+    stacks = {
+        f"{name}.{own}" if name else own: parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
+    }
+    unnamed = [name for name in stacks if not _skipped(name, patterns)]
+    if unnamed:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(stacks[name].numel() for name in unnamed) / max(1, total)
+        raise ValueError(
+            f"{type(model).__name__} holds {share:.0%} of its weights in stacks of matrices (experts: {unnamed[0]} and "
+            f"{len(unnamed) - 1} more), not in linear layers; they are not quantized here. To quantize the rest and leave "
+            f"them as they are, pass skip=[{unnamed[0].rsplit('.', 1)[-1]!r}, …] or the name of what holds them"
+        )
+    return dict.fromkeys(stacks, "skip")
+
+
+# ---------------------------------------------------------------------------------------------- watching
+
+
+def _read_by_others(model: nn.Module, layers: dict[str, Any]) -> list[str]:
+    """Names of layers whose weight somebody else asks for while a short input runs through the model.
+
+    T5 asks for the dtype of a layer's weight, MultiheadAttention passes it to a function of its own: a quantized layer
+    answers with packed codes. Empty where the model takes no token ids, or does not run on them.
+    """
+    inputs = _short_input(model)
+    if inputs is None or not layers:
+        return []
+    names = {id(layer): name for name, layer in layers.items()}
+    asked: set[int] = set()
+    with _watched(layers.values(), asked), torch.no_grad(), contextlib.suppress(Exception):
+        model(**inputs)
+    return [name for key, name in names.items() if key in asked]
+
+
+def _short_input(model: nn.Module) -> dict[str, Tensor] | None:
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) != "input_ids" or config is None:
+        return None
+    try:
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        ids = torch.arange(8, device=table.device).remainder(table.shape[0])[None]
+    except Exception:  # a model without an input embedding
+        return None
+    inputs = {"input_ids": ids}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+@contextlib.contextmanager
+def _watched(layers: Iterable[Any], asked: set[int]) -> Iterator[None]:
+    """Let linear layers compute as always, and write down who else asks for their weight."""
+
+    def weight(self: Any) -> Tensor:
+        asked.add(id(self))
+        return self._parameters["weight"]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        matrix = self._parameters["weight"]
+        return linear(x, matrix if isinstance(self, nn.Linear) else matrix.T, self._parameters.get("bias"))
+
+    kinds: dict[type, type] = {}
+    changed = []
+    try:
+        for layer in layers:
+            usual = type(layer)
+            if usual not in kinds:
+                kinds[usual] = type(
+                    f"Watched{usual.__name__}", (usual,), {"weight": property(weight), "forward": forward}
+                )
+            changed.append((layer, usual))
+            layer.__class__ = kinds[usual]
+        yield
+    finally:
+        for layer, usual in changed:
+            layer.__class__ = usual
