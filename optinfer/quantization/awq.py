@@ -141,7 +141,8 @@ def foldable(layer: CalibrationLayer, scalings: list[tuple[Scaling, Tensor]]) ->
     kept = [pair for pair in scalings if same([pair])]
     left = [f"{s.previous} into {', '.join(s.linears)}" for s, scale in scalings if all(s is not k for k, _ in kept)]
     warnings.warn(
-        f"{layer.name} computes something else when a scale moves from {'; from '.join(left)}: left unscaled", stacklevel=2
+        f"{layer.name} computes something else when a scale moves from {'; from '.join(left)}: left unscaled",
+        stacklevel=2,
     )
     return kept
 
@@ -155,7 +156,8 @@ def _folded_output(layer: CalibrationLayer, pairs: list[tuple[Scaling, Tensor]])
     except (AttributeError, RuntimeError):  # a norm without a gain, or of another width
         return None
     in_float: Any = tree_map(
-        lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, (layer.batches[0], layer.arguments)
+        lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x,
+        (layer.batches[0], layer.arguments),
     )
     out = twin(in_float[0], **in_float[1])
     return out[0] if isinstance(out, tuple) else out

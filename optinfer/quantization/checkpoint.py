@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -33,7 +34,9 @@ from optinfer.folders import new_folder
 from optinfer.quantization.bitsandbytes_format import write_bitsandbytes
 from optinfer.quantization.block_checkpoint import convert_blocks
 from optinfer.quantization.block_floats import BlockFloats
+from optinfer.quantization.calibrate import decoder_layers
 from optinfer.quantization.checks import CheckpointError
+from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.tensor import QuantizedTensor
 
@@ -145,6 +148,7 @@ def save_checkpoint(
     layers = {name: m.quantized for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
+    _check_readers_layers(model, layers, format)
     if format == "bitsandbytes":
         with new_folder(target) as folder:
             write_bitsandbytes(model, folder)
@@ -153,9 +157,11 @@ def save_checkpoint(
         return target
     blocks = {name: q for name, q in layers.items() if isinstance(q, BlockFloats)}
     if blocks:
-        tensors, config = convert_blocks(layers, blocks, format, _plain_linears(model))
+        tensors, config = convert_blocks(layers, blocks, format, unquantized_layers(model))
         return _write(model, target, tensors | _other_tensors(model, layers, None), config, tokenizer, None)
     _check_uniform(layers, format)
+    if format in ("gptq", "awq"):
+        _check_inside(model, layers, format)
     if format == "compressed-tensors" and not next(iter(layers.values())).symmetric:
         warnings.warn(
             "transformers cannot load affine compressed-tensors checkpoints (it expects unpacked zero points, the format "
@@ -195,7 +201,7 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
     """Stored tensors by full name, and the `quantization_config`."""
     first = next(iter(layers.values()))
     per_row = all(q.block_size == q.shape[1] for q in layers.values())
-    plain = _plain_linears(model)
+    plain = unquantized_layers(model)
     group = -1 if per_row else first.block_size
     tensors: dict[str, Tensor] = {}
     if format == "compressed-tensors":
@@ -224,7 +230,7 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
         version = 2 if any(not q.symmetric and bool((q.zero_points() == 0).any()) for q in layers.values()) else 1
         for name, q in layers.items():
             tensors |= {f"{name}.{k}": v for k, v in _gptq(q, version).items()}
-        return tensors, {
+        config = {
             "quant_method": "gptq",
             "bits": first.bits,
             "group_size": group,
@@ -233,6 +239,9 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
             "lm_head": False,
             "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         }
+        if left := _plain_inside(model, plain):  # readers expect codes for every other layer of the decoder
+            config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in left}
+        return tensors, config
     for name, q in layers.items():
         tensors |= {f"{name}.{k}": v for k, v in _awq(q).items()}
     return tensors, {
@@ -245,8 +254,35 @@ def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tup
     }
 
 
-def _plain_linears(model: Any) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+def _check_readers_layers(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:
+    """Raise CheckpointError where a reader, who builds the model from its configuration, finds no `nn.Linear` to fill."""
+    with torch.device("meta"):
+        built = type(model)(model.config)
+    for name in layers:
+        if not isinstance(kind := built.get_submodule(name), nn.Linear):
+            raise CheckpointError(
+                f"{name} is a {type(kind).__name__} in {type(model).__name__}, and readers of {format!r} files look for "
+                "nn.Linear: save it in our own format, model.save_pretrained(path)"
+            )
+
+
+def _plain_inside(model: Any, plain: list[str]) -> list[str]:
+    """Of the layers with ordinary weights those inside the decoder's layers."""
+    prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
+    return [name for name in plain if name.startswith(prefixes)]
+
+
+def _check_inside(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:
+    """Raise CheckpointError for quantized layers where readers of GPTQ and AWQ files do not look."""
+    try:
+        prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
+    except ValueError as error:
+        raise CheckpointError(f"format {format!r} is for decoders: {error}") from error
+    if outside := [name for name in layers if not name.startswith(prefixes)]:
+        raise CheckpointError(
+            f"{outside[0]} is quantized and lies outside the decoder's layers, where readers of {format!r} files expect "
+            f"ordinary weights: quantize with skip=[…], or use format='compressed-tensors'"
+        )
 
 
 def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -261,7 +297,13 @@ def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.
         if key in seen:
             continue
         seen.add(key)
-        tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        if stored is not tensor and bool((stored.isinf() & tensor.isfinite()).any()):
+            raise CheckpointError(
+                f"{name} reaches {tensor.abs().max():.3g}, beyond {str(dtype).removeprefix('torch.')}, which this format "
+                "stores; use format='compressed-tensors'"
+            )
+        tensors[name] = stored
     return tensors
 
 

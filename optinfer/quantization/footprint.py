@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from optinfer.quantization.layers import matrix_of, select_layers
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import linear_layers
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
@@ -22,6 +23,7 @@ def memory_footprint(
     block_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
+    skip: str | Iterable[str] = (),
 ) -> int:
     """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or
     allocated.
@@ -31,13 +33,13 @@ def memory_footprint(
             it is.
         scheme: as for `quantize`; None: not quantized.
         dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
-        block_size, double_quant, symmetric: as for `quantize`.
+        block_size, double_quant, symmetric, skip: as for `quantize`.
 
     Returns:
         Bytes of all parameters, tied ones once. Buffers (rotary tables, some kilobytes) are not weights.
 
     Raises:
-        ValueError: unknown scheme or option, or a model that is quantized already.
+        ValueError: as `quantize`: unknown scheme or option, experts held as one parameter, quantized already.
     """
     if scheme is not None and not isinstance(scheme, Scheme):
         scheme = resolve_scheme(scheme, block_size, double_quant, symmetric)
@@ -53,9 +55,9 @@ def memory_footprint(
 
     total = sum(bytes_of(p) for p in model.parameters())
     if scheme is not None:
-        for linear in linear_layers(model).values():
-            weight = linear.weight
-            total += scheme.nbytes((weight.shape[0], weight.shape[1]), dtype or weight.dtype) - bytes_of(weight)
+        for layer in select_layers(model, skip).layers.values():
+            rows, columns = matrix_of(layer).shape
+            total += scheme.nbytes((rows, columns), dtype or layer.weight.dtype) - bytes_of(layer.weight)
     return total
 
 

@@ -8,6 +8,7 @@ multiplied in 16 bits. Statistics, codes and outputs are those of bitsandbytes 0
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ def quantize_activations(x: Tensor, threshold: float = 6.0) -> Int8Activations:
 def int8_matmul(x: Tensor, q: QuantizedTensor, threshold: float = 6.0, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with both factors in int8, sums in int32, outlier features in `x.dtype`.
 
+    Rounding has no slope, so the gradient of `x` is that of the product with the restored weight (straight through).
+
     Args:
         x: ``[..., in]``, float32, bfloat16 or float16.
         q: from `quantize_int8`, ``[out, in]``.
@@ -87,6 +90,26 @@ def int8_matmul(x: Tensor, q: QuantizedTensor, threshold: float = 6.0, bias: Ten
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {q.shape[1]}")
     if threshold < 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        out = _StraightThrough.apply(x, q, threshold)
+        return out if bias is None else out + bias.to(out.dtype)
+    return _matmul(x, q, threshold, bias)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product in int8 forwards, with the restored weight backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: QuantizedTensor, threshold: float) -> Tensor:
+        ctx.q = q
+        return _matmul(x, q, threshold, None)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient @ ctx.q.dequantize(gradient.dtype), None, None
+
+
+def _matmul(x: Tensor, q: QuantizedTensor, threshold: float, bias: Tensor | None) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if not len(tokens):
         return x.new_empty(*x.shape[:-1], q.shape[0])

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from optinfer.quantization.calibrate import calibrate, check_groups, decoder_layers, install
-from optinfer.quantization.model import linear_layers
+from optinfer.quantization.calibrate import calibrate, check_groups, decoder_linears, install
 from optinfer.quantization.rtn import quantize_linear, round_linear
 
 __all__ = ["fake_quantize", "qat"]
@@ -92,7 +91,7 @@ def qat(
     check_groups(model, bits, group_size)
     student = copy.deepcopy(model).float().train()
     student.requires_grad_(False)
-    names = [f"{prefix}.{name}" for prefix, layer in decoder_layers(student).items() for name in linear_layers(layer)]
+    names = [f"{prefix}.{name}" for prefix, linears in decoder_linears(model).items() for name in linears]
     trained = []
     for name in names:
         linear = student.get_submodule(name)

@@ -90,7 +90,8 @@ def perplexity(
         means.append(loss.item())
         counts.append(ids.shape[1] - 1)
     mean, error = _mean_and_error(means, counts)
-    return Perplexity(math.exp(mean), math.exp(mean) * error, sum(counts), tuple(means))
+    value = math.exp(mean) if mean < 700 else math.inf  # of random logits in the thousands, say
+    return Perplexity(value, value * error, sum(counts), tuple(means))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes ``[..., n]`` into bytes ``[..., ceil(n * bits / 8)]`` (uint8), first code highest."""
     codes = codes.to(torch.uint8)
     if bits == 8:
-        return codes
+        return codes.contiguous()
     per_word, word_bytes = _word(bits)
     width = packed_width(codes.shape[-1], bits)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word))
