@@ -164,6 +164,14 @@ class OptinferQuantizer(HfQuantizer):
             config.modules_to_not_convert = unquantized_layers(model)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Our folders hold the model's own names: families that rename or join tensors between file and model would take
+        packed codes for weights. Only a prefix may differ (a model with or without its head).
+        """
+        if not self.pre_quantized:
+            return weight_conversions
+        return [one for one in weight_conversions if type(one).__name__ == "PrefixChange"]
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return name == "weight" and isinstance(module, _UnquantizedLinear)
@@ -182,6 +190,7 @@ class OptinferQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 _check_loaded(name, module)
                 module.__class__ = QuantizedLinear
+        save_under_own_names(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -197,6 +206,11 @@ class OptinferQuantizer(HfQuantizer):
                 linear = module.dequantize()
                 replace_module(model, module, linear if dtype is None else linear.to(dtype))
         return model
+
+
+def save_under_own_names(model: Any) -> None:
+    """Keep `save_pretrained` from turning the model's names and tensors back into those of its original files."""
+    model._weight_conversions = []
 
 
 def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:

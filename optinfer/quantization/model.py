@@ -142,10 +142,11 @@ def mark_quantized(model: Any, scheme: Scheme) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     model = cast(Any, model)
-    from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer
+    from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer, save_under_own_names
 
     config = OptinferConfig.from_scheme(scheme, unquantized_layers(model))
     model.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.is_quantized = True
+    save_under_own_names(model)
     model.quantization_method = config.quant_method

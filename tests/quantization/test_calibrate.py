@@ -1,6 +1,7 @@
 """Calibration and the whole-model methods on small random models of several families."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from optinfer.quantization.gptq import gptq, output_error
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import linear_layers
 from optinfer.quantization.rtn import quantize_linear
+from optinfer.quantization.smoothquant import smoothquant
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -181,6 +183,49 @@ def test_where_awq_may_scale():
     assert "pre_feedforward_layernorm" in [s.previous for s in gemma]
     assert gain_offset(decoder_layers(small_model("gemma2"))["model.layers.0"].input_layernorm) == 1.0
     assert gain_offset(decoder_layers(small_model("qwen3"))["model.layers.0"].input_layernorm) == 0.0
+
+
+UNUSUAL = {
+    "BitNet: a norm between v and o, and before down": (
+        "BitNetConfig",
+        {"num_key_value_heads": 4},
+        ["v_proj", "up_proj"],
+    ),
+    "OLMo: norms without a gain": ("OlmoConfig", {"num_key_value_heads": 2}, ["input_layernorm", "post_attention"]),
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+@pytest.mark.parametrize("method", [awq, smoothquant])
+def test_what_cannot_be_folded_is_left_and_named(family, method, monkeypatch):
+    name, changes, left = UNUSUAL[family]
+    monkeypatch.setitem(FAMILIES, family, (name, changes))
+    model = small_model(family)
+    expected = logits(model)
+    options = {"bits": 8, "group_size": 32} if method is awq else {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        method(model, walk(model), **options)
+    said = [str(w.message) for w in said if "left unscaled" in str(w.message)]
+    if method is awq:
+        assert all(any(part in message for message in said) for part in left)
+    assert (logits(model) - expected).norm() < (0.03 if method is awq else 0.1) * expected.norm()
+
+
+def test_a_vision_tower_as_deep_as_the_decoder_is_not_the_decoder():
+    from tests.quantization.families import families
+    from tests.serving.families import tiny_model
+
+    model = tiny_model(
+        families("images and text")["LlavaConfig"], auto=transformers.AutoModelForImageTextToText, vocab_size=128
+    )
+    model.config.vision_config.num_hidden_layers = 4
+    tower = model.model.vision_tower.encoder
+    tower.layers.extend(copy.deepcopy(list(tower.layers)))
+    assert len(tower.layers) == model.config.text_config.num_hidden_layers
+    assert all("language_model" in name for name in decoder_layers(model))
+    gptq(model, walk(model), bits=4, group_size=32)
+    assert {type(m) for n, m in model.named_modules() if "vision" in n and n.endswith("_proj")} == {nn.Linear}
 
 
 def test_folding_into_the_wrong_row_is_noticed():

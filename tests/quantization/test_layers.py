@@ -272,3 +272,14 @@ def test_a_summary_says_what_was_done(capsys):
     said = capsys.readouterr().out
     assert said.startswith("int8: 12 linear layers, ") and "2: skip (model.layers.0.self_attn.v_proj, …)" in said
     assert "1: the output head (lm_head)" in said
+
+
+@pytest.mark.parametrize("scheme", ["int8", "llm_int8", "int4", "nf4", "nvfp4"])
+def test_another_dtype_after_quantizing(scheme, tmp_path):
+    model = quantize(build("LlamaConfig").bfloat16(), scheme, progress=False)
+    before = model(IDS).logits.float()
+    after = model.to(torch.float16)(IDS).logits
+    assert after.dtype == torch.float16 and (after.float() - before).norm() < 0.05 * before.norm()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again(IDS).logits.float() - before).norm() < 0.05 * before.norm()

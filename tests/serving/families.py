@@ -57,10 +57,11 @@ def causal_families():
     return {config.__name__: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
-def tiny_model(config_class, seed=0, **changes):
-    """A model of this family with a few thousand parameters, in float32."""
+def tiny_model(config_class, seed=0, auto=None, **changes):
+    """A model of this family with a few thousand parameters, in float32; `auto`: its kind, AutoModelForCausalLM by default."""
     from transformers import AutoModelForCausalLM
 
+    auto = auto or AutoModelForCausalLM
     config = config_class()
     text = config.get_text_config()
     latent = any(_get(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
@@ -76,16 +77,29 @@ def tiny_model(config_class, seed=0, **changes):
     kinds = _get(text, "layer_types")
     if kinds:
         _set(text, "layer_types", (list(dict.fromkeys(kinds)) * 4)[:4])
+    for name in ("vision_config", "audio_config"):
+        if (tower := _get(config, name)) is not None:
+            _shrink(tower)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in auto.from_config(config).parameters())
     if size > 100_000_000:
         raise ValueError(f"{size / 1e6:.0f} million parameters: not tiny")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = auto.from_config(config).float().eval()
     for parameter in model.parameters():  # spread the logits: ties would make "the" greedy text ambiguous
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.15)
     return model
+
+
+def _shrink(tower):
+    """The parts that see and hear: as small as they get, with depths and widths of their own."""
+    sizes = {"hidden_size": 64, "embed_dim": 64, "intermediate_size": 128, "num_hidden_layers": 2, "depth": 2,
+             "num_attention_heads": 2, "num_heads": 2, "encoder_layers": 2, "encoder_attention_heads": 2, "d_model": 64,
+             "out_hidden_size": 64, "projection_dim": 64, "encoder_ffn_dim": 128}  # fmt: skip
+    for name, size in sizes.items():
+        if isinstance(_get(tower, name), int):
+            _set(tower, name, size)
 
 
 def _get(config, name):
