@@ -117,7 +117,8 @@ class _Watch:
 
     def set_grid_idx(self, original: Any, builder: Any, *index: int) -> None:
         self.current = int(np.ravel_multi_index(index, self.grid))
-        self.program = tuple(map(int, self.programs[self.current]))
+        x, y, z = map(int, self.programs[self.current])
+        self.program = (x, y, z)
         original(*self.program)
 
     def create_masked_load(

@@ -68,6 +68,7 @@ def select_layers(
     for name, module in modules.items():
         if not name or not isinstance(module, (nn.Linear, *_transposed_kinds())):
             continue
+        assert isinstance(module, nn.Module)
         if reason := _skipped(name, patterns) or rules.reason(name, module):
             selection.left[name] = reason
         else:

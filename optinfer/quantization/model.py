@@ -77,11 +77,8 @@ def quantize(
 
 def quantized_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLinear:
     """The quantized twin of a linear layer (or of GPT-2's `Conv1D`)."""
-    return QuantizedLinear.from_quantized(
-        scheme.quantize(matrix_of(layer)),
-        layer.bias,
-        scheme.threshold,  # type: ignore[arg-type]
-    )
+    bias: Any = layer.bias
+    return QuantizedLinear.from_quantized(scheme.quantize(matrix_of(layer)), bias, scheme.threshold)
 
 
 def check_present(name: str, layer: nn.Module) -> None:

@@ -4,6 +4,7 @@ Where hardware approximates (ex2, lg2, rcp, division) NumPy rounds correctly; fm
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -163,6 +164,7 @@ def quotient_and_remainder(a, b):
 def extreme(m, i):
     """Of two, or on sm_100 and later of three. NaN loses, with .NaN it wins."""
     kind, least = last_type(i), i.parts[0] == "min"
+    function: Callable[..., Any]
     if not _is_float(kind) or "NaN" in i.parts:
         function = np.minimum if least else np.maximum
     else:
@@ -170,7 +172,7 @@ def extreme(m, i):
     return elementwise(m, i, function if len(i.operands) == 3 else lambda a, b, c: function(function(a, b), c), kind)
 
 
-UNARY = {
+UNARY: dict[str, Callable[..., Any]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh,
     "rcp": lambda x: np.float32(1) / x, "rsqrt": lambda x: np.float32(1) / np.sqrt(x),
 }  # fmt: skip
@@ -291,15 +293,15 @@ def set_predicate(m, i):
     kind = last_type(i) if last_type(i)[0] in "sf" else unsigned(last_type(i))
     targets = i.operands[0]
     first, second = (targets.first, targets.second) if isinstance(targets, Pair) else (targets, None)
-    d, complement = m.value(first, "pred"), second and m.value(second, "pred")
+    d, complement = m.value(first, "pred"), m.value(second, "pred") if second else None
     a, b = (m.value(o, kind) for o in i.operands[1:3])
     also = m.predicate(i.operands[3]) if combine else None
 
     def run(mask):
         result = compare(how, a, b)
         if complement is not None:
-            np.copyto(complement, combine(~result, also()) if combine else ~result, where=mask)
-        np.copyto(d, combine(result, also()) if combine else result, where=mask)
+            np.copyto(complement, combine(~result, also()) if combine and also else ~result, where=mask)
+        np.copyto(d, combine(result, also()) if combine and also else result, where=mask)
 
     return run
 
@@ -400,7 +402,7 @@ def writer(m, register: Register, kind: str) -> np.ndarray:
 def shuffle(m, i):
     mode, target = i.parts[2], i.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
-    d, in_range = m.value(first, "u32"), second and m.value(second, "pred")
+    d, in_range = m.value(first, "u32"), m.value(second, "pred") if second else None
     a, by, clamp = (m.value(o, "u32") for o in i.operands[1:4])
     lane, warp = m.lane, m.thread - m.lane
 

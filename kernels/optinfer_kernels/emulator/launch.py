@@ -28,6 +28,7 @@ from .instructions import Unsupported  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .memory import GlobalMemory  # noqa: E402
 from .ptx import Kernel, parse  # noqa: E402
+from .report import Line, Totals  # noqa: E402
 from .tensor_copies import TensorMap  # noqa: E402
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)  # sm_100 has instructions (tcgen05) that nobody here knows yet
@@ -74,7 +75,7 @@ class Run:
         """Instructions, bytes, sectors, wavefronts, in words."""
         return report.summary(self)
 
-    def lines(self, file: str | None = None) -> list[report.Line]:
+    def lines(self, file: str | None = None) -> list[Line]:
         """What each line of the kernel's file cost, the most instructions first."""
         return report.lines(self, file)
 
@@ -82,7 +83,7 @@ class Run:
         """The same as a table."""
         return report.table(self.lines(file)[:rows])
 
-    def totals(self) -> report.Totals:
+    def totals(self) -> Totals:
         return report.totals(self)
 
 

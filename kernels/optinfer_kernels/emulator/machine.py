@@ -21,7 +21,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -71,7 +71,9 @@ class Machine:
         self.counters = Counters()
         self.executed: Counter[int] = Counter()  # block of instructions -> warps that ran it
         self.torn: Counter[Instruction] = Counter()  # branches at which a warp parted
-        self.registers = {name: np.zeros(self.threads, REGISTERS[bits]) for name, bits in kernel.registers.items()}
+        self.registers: dict[str, np.ndarray] = {
+            name: np.zeros(self.threads, REGISTERS[bits]) for name, bits in kernel.registers.items()
+        }
         self.special = self._special()
         instructions = [i for block in kernel.blocks for i in block]
         self.unit = min([4] + [_piece(i) for i in instructions if i.op.startswith(("ld.shared", "st.shared"))])
@@ -298,7 +300,7 @@ def barrier(m: Machine, i: Instruction) -> Callable[[Party], bool]:
 
 def wait_for_mbarrier(m: Machine, i: Instruction) -> Callable[[Party], bool]:
     """`mbarrier.try_wait` stands in a loop; here its threads sleep until the phase is over."""
-    address, parity = m.shared_address(i.operands[1]), m.value(i.operands[2], "u32")
+    address, parity = m.shared_address(cast(Address, i.operands[1])), m.value(i.operands[2], "u32")
     done = m.value(i.operands[0], "pred")
 
     def control(party: Party) -> bool:
@@ -323,4 +325,8 @@ CONTROL = {
 
 @instruction("bar.warp.sync", operands=1)
 def warp_barrier(m: Machine, i: Instruction) -> Action:
-    return lambda mask: m.races and m.races.tick(m.warps_of(mask))
+    def run(mask: Any) -> None:
+        if m.races:
+            m.races.tick(m.warps_of(mask))
+
+    return run

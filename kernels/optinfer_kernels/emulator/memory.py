@@ -102,7 +102,10 @@ class GlobalMemory:
 
     def distinct_bytes(self) -> tuple[int, int]:
         """(read, written) in distinct sectors: the traffic if a cache held everything."""
-        return tuple(SECTOR * sum(int(r.__dict__[kind].sum()) for r in self.regions) for kind in ("read", "written"))
+        read, written = (
+            SECTOR * sum(int(r.__dict__[kind].sum()) for r in self.regions) for kind in ("read", "written")
+        )
+        return read, written
 
 
 class SharedMemory:

@@ -94,9 +94,8 @@ class TensorCopies:
         self.from_host: dict[int, TensorMap] = {}  # those that came as parameters
 
     def start(self) -> None:
-        self.maps: dict[int | tuple[str, int], TensorMap] = dict(
-            self.from_host
-        )  # by address; ("shared", offset) in the making
+        self.maps: dict[int | tuple[str, int], TensorMap] = {}  # by address; ("shared", offset) in the making
+        self.maps.update(self.from_host.items())
         self.loads: list[Callable[[], None]] = []
         self.stores: list[Store] = []
         self.committed = np.zeros(self.m.threads, np.int64)
