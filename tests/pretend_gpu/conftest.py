@@ -1,0 +1,20 @@
+"""Tests of this folder run where the plugin has installed a pretend GPU; `tests/test_pretend_gpu.py` starts them."""
+
+import pytest
+
+from tests.pretend_gpu.log import counting
+from tests.pretend_gpu.plugin import installed
+
+
+def pytest_collection_modifyitems(items):
+    if not installed():
+        for item in items:
+            if "/pretend_gpu/" in str(item.path):
+                item.add_marker(pytest.mark.skip(reason="needs -p tests.pretend_gpu.plugin"))
+
+
+@pytest.fixture
+def log():
+    """What happens on the GPU during the test."""
+    with counting() as fresh:
+        yield fresh
