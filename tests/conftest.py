@@ -12,3 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores. With a thread per core in each of them, every operation would wait for threads that the
     # system has put aside: hundreds of times slower. Notebooks and other processes that a test starts inherit this.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    """With OPTINFER_TEST_DEVICE=cuda tensors and models that a test does not place are on the GPU (`make test-gpu`)."""
+    if device := os.environ.get("OPTINFER_TEST_DEVICE"):
+        import torch
+
+        torch.set_default_device(device)

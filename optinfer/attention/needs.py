@@ -99,7 +99,9 @@ def examine(model: Any, max_length: int) -> ModelNeeds:
     _refuse_by_config(model, max_length)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary // 8, vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
+    tokens = torch.randint(vocabulary // 8, vocabulary, (1, PROBE_TOKENS), generator=generator, device="cpu").to(
+        model.device
+    )
     examination = _Examination(max_length)
     with in_eval_mode(model), torch.no_grad():
         logits = _logits(model, tokens)

@@ -135,7 +135,7 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
     generator = torch.Generator().manual_seed(0)
     shape = (sizes["batch"], sizes["heads"], sizes["q_len"], sizes["head_dim"])
     kv_shape = (sizes["batch"], sizes["kv_heads"], sizes["kv_len"], sizes["head_dim"])
-    q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape))
+    q, k, v = (torch.randn(s, generator=generator, device="cpu").to(device, dtype) for s in (shape, kv_shape, kv_shape))
     exact = baseline = None
     if sizes["heads"] * sizes["q_len"] * sizes["kv_len"] <= CHECKED_ELEMENTS:
         exact = attention_reference(q[:1].double(), k[:1].double(), v[:1].double(), sizes["causal"])

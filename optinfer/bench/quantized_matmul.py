@@ -86,8 +86,8 @@ def compare(
     """One row per peer on one product. A peer that is wrong is an error; one that cannot run has a `skipped` reason."""
     dtype = hardware.default_dtype(device)
     generator = torch.Generator().manual_seed(out_features + in_features)
-    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).to(device, dtype)
-    x = torch.randn(tokens, in_features, generator=generator).to(device, dtype)
+    weight = torch.randn(out_features, in_features, generator=generator, device="cpu").mul_(0.02).to(device, dtype)
+    x = torch.randn(tokens, in_features, generator=generator, device="cpu").to(device, dtype)
     case = {"out_features": out_features, "in_features": in_features, "tokens": tokens, "dtype": str(dtype)[6:]}
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}

@@ -212,7 +212,7 @@ class OracleDraft(Draft):
     def propose(self, input_ids: torch.Tensor, num_tokens: int, sampler: Any) -> Proposal:
         start = input_ids.shape[1]
         tokens = self.answer[0, start : start + num_tokens].clone()
-        wrong = torch.rand(len(tokens), generator=self._generator) >= self.accuracy
+        wrong = torch.rand(len(tokens), generator=self._generator, device="cpu").to(tokens.device) >= self.accuracy
         tokens[wrong.to(tokens.device)] = 0
         time.sleep(self.seconds_per_token * len(tokens))
         return Proposal(tokens)

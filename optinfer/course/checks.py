@@ -29,7 +29,7 @@ from optinfer.course.time_limit import TooSlow, time_limit
 
 _COURSE = str(Path(__file__).parent) + os.sep
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")))
+_MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")), str(Path(__file__).parents[1] / "plugins.py"))
 _KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
 _WATCHED_BY = tuple(
     f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optinfer import cpu
 from optinfer.kv_cache.memory import kv_shape
+from optinfer.upload import upload
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -149,7 +150,7 @@ class KVPool:
         """Copy whole blocks, all layers at once: `(source, target)` pairs (copy-on-write)."""
         if not copies:
             return
-        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*copies))
+        sources, targets = (upload(side, self.device) for side in zip(*copies))
         for pages in self._tensors():
             moved = pages[:, sources]
             self.copied_bytes += moved.nbytes

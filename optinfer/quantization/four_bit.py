@@ -148,9 +148,9 @@ def _boundaries(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor |
     code = codebook(quant_type, device)
     order = torch.argsort(code)
     midpoints = (code[order[:-1]] + code[order[1:]]) / 2
-    return midpoints, None if torch.equal(order.cpu(), torch.arange(16)) else order.to(torch.uint8)
+    return midpoints, None if order.tolist() == list(range(16)) else order.to(torch.uint8)
 
 
 def _code_of_zero(quant_type: str) -> int:
     """The code that pads an odd number of weights to whole bytes: what 0.0 is quantized to."""
-    return int(_nearest_level(torch.zeros(1), quant_type))
+    return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))

@@ -108,7 +108,7 @@ def qat(
     order = torch.Generator().manual_seed(0)
     bar = tqdm(range(steps), desc="training", unit="step", disable=not progress)
     for _ in bar:
-        ids = run.sequences[torch.randperm(len(run.sequences), generator=order)[:batch_size]].to(device)
+        ids = run.sequences[torch.randperm(len(run.sequences), generator=order, device="cpu")[:batch_size]].to(device)
         with torch.no_grad():
             target = model(ids, use_cache=False).logits.float().log_softmax(-1)
         with (

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -24,6 +23,7 @@ from optinfer import cpu
 from optinfer.attention.needs import attention_implementation, read_needs
 from optinfer.kv_cache.attention import choose_backend, paged_attention
 from optinfer.kv_cache.pool import KVPool
+from optinfer.upload import upload
 
 IMPLEMENTATION = "optinfer_serving"
 
@@ -102,10 +102,8 @@ class PagedBatch:
 
     def _load(self, parts: dict[str, np.ndarray], table_shape: tuple[int, ...]) -> None:
         """All numbers travel to the device in one copy that nobody waits for."""
-        packed = torch.from_numpy(np.concatenate([part.astype(np.int64, copy=False) for part in parts.values()]))
-        if self.pool.device.type == "cuda":
-            packed = packed.pin_memory()
-        self.packed = packed.to(self.pool.device, non_blocking=True)
+        packed = np.concatenate([part.astype(np.int64, copy=False) for part in parts.values()])
+        self.packed = upload(packed, self.pool.device)
         views = dict(zip(parts, self.packed.split([len(part) for part in parts.values()])))
         self.input_ids, self.position_ids = views["input_ids"][None], views["position_ids"][None]
         self.slots, self.logit_rows = views["slots"], views["logit_rows"]

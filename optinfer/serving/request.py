@@ -190,5 +190,5 @@ class Sequence:
     def uniform(self, position: int) -> float:
         """The random number in [0, 1) that decides output token `position`: the same however often it is asked."""
         while len(self.uniforms) <= position:
-            self.uniforms.append(torch.rand((), generator=self.generator, dtype=torch.float64).item())
+            self.uniforms.append(torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu").item())
         return self.uniforms[position]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optinfer import cpu
 from optinfer.serving.request import SamplingParams
+from optinfer.upload import upload
 
 NO_TOKEN = -1  # in place of a token where the logits are not numbers
 
@@ -41,7 +42,7 @@ def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
 def sample(logits: Tensor, params: SamplingParams, uniforms: Sequence[float]) -> Tensor:
     """One token per row of `logits` [rows, vocabulary], by inverting the cumulative law at the given uniforms."""
     cumulative = filter_logits(logits, params).softmax(-1).cumsum(-1)
-    points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    points = upload(uniforms, logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
 
 
@@ -63,7 +64,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """A token for each draw, NO_TOKEN where its logits are not numbers. The device is waited for once."""
     if not draws:
         return []
-    rows = torch.tensor([draw.row for draw in draws], device=logits.device)
+    rows = upload([draw.row for draw in draws], logits.device)
     tokens = likeliest(logits)[rows]
     alike: dict[tuple, list[int]] = {}
     for i, draw in enumerate(draws):
@@ -72,7 +73,7 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
             alike.setdefault((p.temperature, p.top_k, p.top_p, p.min_p), []).append(i)
     for members in alike.values():
         uniforms = [u for i in members if (u := draws[i].uniform) is not None]
-        index = torch.tensor(members, device=logits.device)
+        index = upload(members, logits.device)
         drawn = sample(logits[rows[index]], draws[members[0]].params, uniforms)
         tokens[index] = torch.where(tokens[index] < 0, NO_TOKEN, drawn)
     return tokens.tolist()

@@ -21,6 +21,7 @@ from optinfer.speculative.by_name import as_draft
 from optinfer.speculative.draft_length import PRIOR_SLOPE
 from optinfer.speculative.drafters import Draft, ModelDraft, context_length, names
 from optinfer.speculative.sampler import Sampler
+from optinfer.upload import upload
 
 GREEDY = Sampler(None, greedy=True)
 
@@ -108,7 +109,7 @@ class PerSequence:
         self._own.pop(sequence.seq_id, None)
 
     def _text(self, sequence: Sequence) -> torch.Tensor:
-        return torch.tensor([sequence.token_ids[self._of(sequence).first_hidden :]], device=self.target.device)
+        return upload([sequence.token_ids[self._of(sequence).first_hidden :]], self.target.device)
 
     def _of(self, sequence: Sequence) -> _OfSequence:
         own = self._own.get(sequence.seq_id)

@@ -32,7 +32,7 @@ def frequent_tokens(shards: list[dict[str, Tensor]], size: int, vocab_size: int)
 def batches(shards: list[dict[str, Tensor]], rows: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """All conversations once, in random order, ``rows`` at a time."""
     where = [(i, row) for i, shard in enumerate(shards) for row in range(shard["tokens"].shape[0])]
-    order = torch.randperm(len(where), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(where), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     for start in range(0, len(order) - rows + 1, rows):
         picked = [where[j] for j in order[start : start + rows]]
         yield {name: torch.stack([shards[i][name][row] for i, row in picked]) for name in shards[0]}

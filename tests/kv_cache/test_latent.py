@@ -15,7 +15,7 @@ from optinfer.kv_cache import absorbed_latent_attention, expanded_latent_attenti
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.integers(0, 2**31))
 def test_absorbed_equals_expanded(heads: int, queries: int, before: int, rank: int, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     head_dim, rope_dim, value_dim, length = 6, 4, 5, before + queries
     shapes = [(heads, queries, head_dim), (heads, queries, rope_dim), (length, rank), (length, rope_dim)]
     shapes += [(heads, head_dim, rank), (heads, value_dim, rank)]

@@ -13,7 +13,7 @@ CPU_BACKENDS = ["reference", "sdpa", "loops"]
 
 def problem(lens, heads=4, kv_heads=2, head_dim=32, block_size=16, q_len=1, dtype=torch.float32, int8=False, seed=0):
     """Random caches with sequences scattered over a pool in which everything else is nan (or 127)."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     max_blocks = max(-(-n // block_size) for n in lens) + 1
     num_blocks = max_blocks * len(lens) + 3
     tables = torch.randperm(num_blocks, generator=g)[: max_blocks * len(lens)].view(len(lens), max_blocks)
@@ -92,7 +92,9 @@ def ragged_problems(draw):
     options["window"] = draw(st.sampled_from([None, 1, 7, 30]))
     options["softcap"] = draw(st.sampled_from([None, 3.0]))
     if draw(st.booleans()):
-        options["sinks"] = torch.randn(heads, generator=torch.Generator().manual_seed(heads)) * 3
+        options["sinks"] = (
+            torch.randn(heads, generator=torch.Generator(torch.get_default_device()).manual_seed(heads)) * 3
+        )
     return arguments, options
 
 

@@ -26,7 +26,7 @@ def scrambled(model, num_blocks=64, block_size=4, **kwargs):
 
 def generate(model, cache, batch=1, seed=0, new=20, **kwargs):
     torch.manual_seed(seed)
-    prompt = torch.randint(1, 101, (batch, 7), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.randint(1, 101, (batch, 7), generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     if "prompt_lookup_num_tokens" in kwargs:
         prompt = prompt.repeat(1, 3)
     mask = torch.ones_like(prompt)

@@ -28,7 +28,10 @@ def model():
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from([4, 8]), st.sampled_from([-1, -2]), st.integers(0, 2**31))
 def test_a_code_is_within_half_a_step(bits: int, dim: int, seed: int) -> None:
-    x = torch.randn(2, 3, 2 * GROUP, 3 * GROUP, generator=torch.Generator().manual_seed(seed)) * 5
+    x = (
+        torch.randn(2, 3, 2 * GROUP, 3 * GROUP, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
+        * 5
+    )
     codes = _Codes.of(x, bits, dim)
     back = codes.values(dim, torch.float32)
     assert back.shape == x.shape
@@ -53,7 +56,7 @@ def test_bytes_of_a_quantized_cache(model) -> None:
 
 
 def test_eight_bits_agree_and_four_bits_less(model) -> None:
-    tokens = torch.randint(0, 97, (1, 100), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 97, (1, 100), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     kl = {
         bits: judge_cache(model, tokens, lambda bits=bits: quantized_kv(model.config, bits), 80).kl for bits in (4, 8)
     }
@@ -61,7 +64,7 @@ def test_eight_bits_agree_and_four_bits_less(model) -> None:
 
 
 def test_a_channel_that_is_always_large_wants_a_scale_of_its_own() -> None:
-    x = torch.randn(1, 1, 2 * GROUP, 2 * GROUP, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, 2 * GROUP, 2 * GROUP, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     x[..., 5] += 50
     error = {dim: (_Codes.of(x, 4, dim).values(dim, torch.float32) - x).square().mean() for dim in (-1, -2)}
     assert error[-2] < error[-1] / 10
@@ -100,7 +103,7 @@ def test_no_sinks_is_a_sliding_window() -> None:
 
 
 def test_judges(model) -> None:
-    tokens = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 97, (1, 60), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     same = judge_cache(model, tokens, lambda: DynamicCache(config=model.config), 40)
     assert same.kl == pytest.approx(0, abs=1e-9) and same.top1 == 1 and same.share == 1
     wide, narrow = (judge_cache(model, tokens, lambda w=w: sink_cache(model.config, 1, w), 40) for w in (59, 8))

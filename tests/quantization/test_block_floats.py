@@ -19,7 +19,7 @@ SCHEMES = ("fp8", "mxfp8", "mxfp4", "nvfp4")
 
 
 def weights(rows: int = 8, columns: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return (torch.randn(rows, columns, generator=g) * torch.randn(rows, 1, generator=g).exp()).to(dtype)
 
 

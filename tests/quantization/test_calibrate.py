@@ -242,7 +242,7 @@ def test_folding_into_the_wrong_row_is_noticed():
 
 
 def test_clipping_never_increases_a_groups_error():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     weight = torch.randn(16, 64, generator=generator) ** 3
     x = torch.randn(300, 64, generator=generator)
     hessian = 2 / 300 * x.T @ x

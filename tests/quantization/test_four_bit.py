@@ -72,7 +72,7 @@ def test_double_quantization_by_value(block, shape):
     seed=st.integers(0, 2**31),
 )
 def test_every_weight_gets_its_nearest_value(rows, columns, block, scheme, seed):
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(rows, columns, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     q = quantize_4bit(weight, scheme, block)
     scale = q.absmax[torch.arange(weight.numel()) // block].reshape(weight.shape).double()
     best = ((weight.double() / scale)[..., None] - codebook(scheme).double()).abs().amin(-1) * scale

@@ -64,7 +64,7 @@ def assert_equal_weights(q, expected):
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_brute_force(bits, groups, symmetric, act_order, rows, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     group_size, width = groups[0], groups[0] * groups[1]
     weight = torch.randn(rows, width, generator=generator)
     hessian = hessian_of(correlated_inputs(4 * width, width, generator))
@@ -77,7 +77,7 @@ def test_equals_brute_force(bits, groups, symmetric, act_order, rows, seed):
 @pytest.mark.parametrize("group_size", [64, 96, 192, "channel"])
 def test_lazy_blocks_equal_brute_force(group_size):
     """More columns than one block, so that the update of the rest of the matrix is used."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     weight = torch.randn(5, 384, generator=generator)
     hessian = hessian_of(correlated_inputs(1000, 384, generator))
     q = gptq_quantize(weight, hessian, 3, group_size)
@@ -87,7 +87,7 @@ def test_lazy_blocks_equal_brute_force(group_size):
 
 def test_the_comparison_can_fail():
     """Reusing the inverse instead of its factor, a bug seen in the wild, is told apart."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     weight = torch.randn(4, 16, generator=generator)
     hessian = hessian_of(correlated_inputs(64, 16, generator))
     expected = brute_force(weight, hessian, 3, 8, True, 0.01, None)
@@ -103,8 +103,8 @@ def test_the_comparison_can_fail():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_uncorrelated_inputs_give_round_to_nearest(bits, symmetric, dtype):
     """With a diagonal Hessian no column can make up for another: GPTQ is round to nearest, bit for bit."""
-    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits)).to(dtype)
-    hessian = torch.diag(torch.rand(128, generator=torch.Generator().manual_seed(7)) + 0.1)
+    weight = torch.randn(24, 128, generator=torch.Generator(torch.get_default_device()).manual_seed(bits)).to(dtype)
+    hessian = torch.diag(torch.rand(128, generator=torch.Generator(torch.get_default_device()).manual_seed(7)) + 0.1)
     ours = gptq_quantize(weight, hessian, bits, 32, symmetric=symmetric)
     nearest = quantize_linear(weight, bits, 32, symmetric)
     assert torch.equal(ours.packed, nearest.packed)
@@ -116,7 +116,7 @@ def test_uncorrelated_inputs_give_round_to_nearest(bits, symmetric, dtype):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_output_error_below_round_to_nearest(bits, act_order):
-    generator = torch.Generator().manual_seed(bits)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(bits)
     weight = torch.randn(64, 256, generator=generator)
     inputs = correlated_inputs(2048, 256, generator)
     hessian = hessian_of(inputs)
@@ -136,7 +136,7 @@ def test_output_error_below_round_to_nearest(bits, act_order):
 )
 @settings(max_examples=60, deadline=None)
 def test_never_worse_than_round_to_nearest_in_any_row(bits, symmetric, act_order, tokens, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     weight = torch.randn(9, 48, generator=generator) * torch.rand(48, generator=generator).pow(4)
     hessian = hessian_of(correlated_inputs(tokens, 48, generator))
     ours = gptq_quantize(weight, hessian, bits, 16, act_order=act_order, symmetric=symmetric)
@@ -146,7 +146,7 @@ def test_never_worse_than_round_to_nearest_in_any_row(bits, symmetric, act_order
 
 def test_a_row_that_compensation_hurts_keeps_its_nearest_codes():
     """Such rows exist: damping so heavy makes the compensation serve another objective."""
-    generator = torch.Generator().manual_seed(8)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(8)
     weight = torch.randn(400, 16, generator=generator)
     hessian = hessian_of(correlated_inputs(64, 16, generator))
     ours, nearest = gptq_quantize(weight, hessian, 2, 8, damp=3.0), quantize_linear(weight, 2, 8)
@@ -156,7 +156,7 @@ def test_a_row_that_compensation_hurts_keeps_its_nearest_codes():
 
 
 def test_scale_of_the_hessian_does_not_matter():
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     weight = torch.randn(8, 64, generator=generator)
     hessian = hessian_of(correlated_inputs(512, 64, generator))
     a, b = gptq_quantize(weight, hessian, 4, 32), gptq_quantize(weight, 1024 * hessian, 4, 32)
@@ -164,7 +164,7 @@ def test_scale_of_the_hessian_does_not_matter():
 
 
 def test_inputs_never_seen_are_rounded_to_nearest():
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
     weight = torch.randn(8, 64, generator=generator)
     inputs = correlated_inputs(512, 64, generator)
     inputs[:, 32:] = 0
@@ -178,8 +178,8 @@ def test_all_zero_weights_stay_zero():
 
 
 def test_rank_deficient_hessian_works_with_damping():
-    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
-    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(6))
+    inputs = torch.randn(5, 64, generator=torch.Generator(torch.get_default_device()).manual_seed(5))
+    weight = torch.randn(3, 64, generator=torch.Generator(torch.get_default_device()).manual_seed(6))
     q = gptq_quantize(weight, hessian_of(inputs), 4, 32)
     assert torch.isfinite(q.dequantize()).all()
 

@@ -70,7 +70,9 @@ def test_zero_rows_and_huge_activations():
     seed=st.integers(0, 2**31),
 )
 def test_round_to_nearest_errs_by_half_a_step_at_most(rows, columns, bits, group, symmetric, dtype, seed):
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = torch.randn(rows, columns, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)).to(
+        dtype
+    )
     q = quantize_linear(weight, bits, group, symmetric)
     step = q._per_column(q.scale.double()).expand(rows, -1)
     error = (q.dequantize(torch.float64) - weight.double()).abs()

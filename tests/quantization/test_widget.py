@@ -30,7 +30,7 @@ def test_widget_ends_where_gptq_ends():
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_inspector_rounds_as_the_formats_do(tmp_path: Path) -> None:
-    values = [*(torch.randn(64, generator=torch.Generator().manual_seed(0)) * 0.05).tolist()]
+    values = [*(torch.randn(64, generator=torch.Generator(torch.get_default_device()).manual_seed(0)) * 0.05).tolist()]
     values[5], values[40:48] = 0.0, [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]  # ties of E2M1
     widget = NumberFormats(blocks=[{"name": "x", "values": values, "tensor_absmax": 9.0}])
     small = [f for f in widget.formats if f["kind"] == "block"]

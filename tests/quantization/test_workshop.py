@@ -11,7 +11,7 @@ from optinfer.quantization.workshop import DESIGNS, Design
 
 
 def weight(seed: int = 0) -> torch.Tensor:
-    return torch.randn(64, 256, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return torch.randn(64, 256, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)) * 0.05
 
 
 def test_known_formats_are_themselves() -> None:
@@ -33,7 +33,7 @@ def test_known_formats_are_themselves() -> None:
 def test_every_weight_goes_to_the_nearest_value(values: list[float], block: int, seed: int) -> None:
     if max(map(abs, values)) < 1e-3:
         return
-    w = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))
+    w = torch.randn(3, 20, generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     design = Design("any", tuple(values), block, "float32")
     back = design.restore(w)
     for row in range(3):

@@ -158,7 +158,7 @@ def try_family(config_class, break_pages=False, **options) -> Outcome:
             return logits
 
         engine.runner.run = run_and_break
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     prompts = [torch.randint(3, 120, (n,), generator=generator).tolist() for n in PROMPTS]
     prompts.append([*prompts[-1][:24], 7, 8])  # a prefix hit
     expected = [greedy(model, prompt, 10) for prompt in prompts]

@@ -50,7 +50,7 @@ def small(build_model, family, **changes):
 def logits(model, lengths, way=None, **options):
     """All logits of prompts of these lengths, packed, in two steps; by the model's modules without a way."""
     runner = ModelRunner(model, 40, 8, way is not None, attention_backend=WAYS.get(way, "sdpa"), **options)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     prompts = [torch.randint(3, 211, (n,), generator=generator).tolist() for n in lengths]
     tables = [[5 * i + j for j in range(5)] for i in range(len(prompts))]
     out = []

@@ -299,7 +299,7 @@ def test_samples_follow_the_law():
     params = SamplingParams(temperature=0.7, top_k=6, seed=0)
     logits = torch.randn(1, 12)
     law = filter_logits(logits, params).softmax(-1)[0]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     draws = 20_000
     tokens = sample(logits.expand(draws, -1), params, torch.rand(draws, generator=generator).tolist()).tolist()
     counts = Counter(tokens)

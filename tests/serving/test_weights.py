@@ -29,7 +29,7 @@ def replace_tensor(model):
 
 
 def assign(model):
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     state = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
 

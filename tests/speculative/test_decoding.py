@@ -228,7 +228,7 @@ def test_sampled_texts_under_a_processor_that_remembers_have_the_targets_law():
             only_five = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([5]), 0.0)
             return only_five if self.calls == 2 else scores
 
-    target, n, generator = llama(0, vocab=12), 300, torch.Generator().manual_seed(3)
+    target, n, generator = llama(0, vocab=12), 300, torch.Generator(torch.get_default_device()).manual_seed(3)
     prompt, draft = PROMPT % 12, ModelDraft(llama(9, vocab=12, layers=1))
     counts = torch.zeros(12, dtype=torch.float64)
     for _ in range(n):
@@ -365,7 +365,7 @@ def test_sampled_texts_have_the_targets_law(name, filters):
         "some layers": SelfDraft([0, 2]),
         "head": HeadDraft(DraftHead.for_model(target, torch.arange(0, 12, 2)), min_confidence=0.0),
     }[name]
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(11)
     counts = torch.zeros(12, 12, dtype=torch.float64)
     for _ in range(n):
         new = speculate(

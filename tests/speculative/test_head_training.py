@@ -22,7 +22,7 @@ def target():
 @pytest.fixture(scope="module")
 def shard(target):
     """64 texts that the target continues greedily."""
-    start = torch.randint(0, 160, (64, 3), generator=torch.Generator().manual_seed(1))
+    start = torch.randint(0, 160, (64, 3), generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     tokens = target.generate(start, max_new_tokens=21, min_new_tokens=21, do_sample=False, pad_token_id=0)
     with torch.inference_mode():
         hidden = target.model(tokens).last_hidden_state
@@ -39,7 +39,7 @@ def small_vocabulary(monkeypatch):
 def some_steps(run: HeadTraining, shard: dict, first: int, last: int, of: int) -> list[float]:
     losses = []
     for step in range(first, last):
-        rows = torch.randperm(64, generator=torch.Generator().manual_seed(step))[:16]
+        rows = torch.randperm(64, generator=torch.Generator(torch.get_default_device()).manual_seed(step))[:16]
         losses.append(run.train_step({name: x[rows] for name, x in shard.items()}, step / of))
     return losses
 

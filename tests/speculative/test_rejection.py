@@ -19,7 +19,7 @@ from optinfer.speculative.rejection import (
 
 def random_laws(seed, *shape, sharpness=2.0, zeros=0.2):
     """Distributions over the last axis, some entries exactly zero."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     logits = sharpness * torch.randn(*shape, generator=g, dtype=torch.float64)
     hidden = torch.rand(*shape, generator=g) < zeros
     hidden[..., 0] = False
@@ -121,7 +121,7 @@ def test_enumeration_notices_a_wrong_rule():
 def test_chi_square_of_1e5_samples(deterministic):
     vocab, gamma, n = 5, 2, 100_000
     p, q = random_laws(1, gamma + 1, vocab, zeros=0.0), random_laws(2, gamma, vocab, zeros=0.0)
-    g = torch.Generator().manual_seed(3)
+    g = torch.Generator(torch.get_default_device()).manual_seed(3)
     if deterministic:
         drafts = torch.tensor([1, 3]).expand(n, gamma)
         laws = None
@@ -165,7 +165,7 @@ def test_shapes_and_padding(seed, gamma, vocab, batch):
 def test_equal_laws_accept_everything():
     p = random_laws(7, 6, 11).float()
     for seed in range(20):
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(torch.get_default_device()).manual_seed(seed)
         drafts = torch.multinomial(p[:5], 1, generator=g).squeeze(1)
         assert len(rejection_sample(drafts, p[:5], p, generator=g)) == 6
 
@@ -173,13 +173,15 @@ def test_equal_laws_accept_everything():
 def test_seeds_reproduce():
     p, q = random_laws(8, 5, 9), random_laws(9, 4, 9)
     drafts = torch.tensor([0, 0, 0, 0])
-    runs = [rejection_sample(drafts, q, p, torch.Generator().manual_seed(4)) for _ in range(2)]
+    runs = [
+        rejection_sample(drafts, q, p, torch.Generator(torch.get_default_device()).manual_seed(4)) for _ in range(2)
+    ]
     assert torch.equal(*runs)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 5))
 def test_greedy_is_the_limit_of_temperature_zero(seed, gamma):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     best = torch.randint(0, 3, (gamma + 1,), generator=g)
     drafts = torch.randint(0, 3, (gamma,), generator=g)
     one_hot = torch.nn.functional.one_hot(best, 3).double()

@@ -60,7 +60,7 @@ def test_whatever_is_drawn_the_law_is_the_targets(p: list[float], q: list[float]
 
 
 def test_the_sampler_is_the_one_whose_law_was_counted() -> None:
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
     p, q = torch.tensor([0.1, 0.2, 0.3, 0.4]).double(), torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
     counts, accepted, n = torch.zeros(4), 0, 8000
     for _ in range(n):
@@ -118,7 +118,7 @@ class RandomTree:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_text_is_plain_decodings(model, seed: int) -> None:
-    prompt = torch.randint(1, 37, (1, 9), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.randint(1, 37, (1, 9), generator=torch.Generator(torch.get_default_device()).manual_seed(seed))
     plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)
     out = tree_decoding(model, prompt, RandomTree(plain[0].tolist(), seed), 30)
     assert out.sequences.tolist() == plain.tolist() and sum(out.emitted) == 30
@@ -128,11 +128,11 @@ def test_greedy_text_is_plain_decodings(model, seed: int) -> None:
 
 def test_a_sampled_text_does_not_depend_on_the_tree(model) -> None:
     """One pass, one drawn token per node: the first token's law is the model's whatever is drafted."""
-    prompt = torch.randint(1, 37, (1, 5), generator=torch.Generator().manual_seed(1))
+    prompt = torch.randint(1, 37, (1, 5), generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     with torch.no_grad():
         law = model(prompt).logits[0, -1].softmax(-1)
         after = model(torch.cat([prompt, law.argmax().view(1, 1)], 1)).logits[0, -1].softmax(-1)
-    g, pairs, n = torch.Generator().manual_seed(2), torch.zeros(37), 600
+    g, pairs, n = torch.Generator(torch.get_default_device()).manual_seed(2), torch.zeros(37), 600
 
     class Always(RandomTree):
         def propose_tree(self, input_ids):
@@ -149,7 +149,7 @@ def test_a_sampled_text_does_not_depend_on_the_tree(model) -> None:
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
 def test_tree_mask_through_paged_attention(backend: str) -> None:
     """Two sequences, one with a tree and one with a chain; the tree's answer is that of each branch on its own."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
     tree = DraftTree.of_chains([[1, 2], [3], [1, 4, 5]])
     n, before, size = len(tree) + 1, 5, 4
     k, v = (torch.randn(8, size, 2, 16, generator=g) for _ in range(2))

@@ -1,0 +1,76 @@
+"""How often the host waits for the GPU: once per step of the engine, for the tokens, and once per speculative round."""
+
+import pytest
+import torch
+import transformers
+
+import optinfer
+from optinfer.serving import Engine, SamplingParams
+from optinfer.speculative import ModelDraft, PromptLookupDraft
+
+TINY = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.25)
+    return model.to("cuda")
+
+
+def waits_per_step(engine, log, params, prompts=4):
+    for i in range(prompts):
+        engine.add_request([5, 6, 7, 8 + i] * 3, params)
+    for _ in range(4):  # prompts, and graphs of this batch size
+        engine.step()
+    log.waits.clear()
+    steps = 5
+    for _ in range(steps):
+        engine.step()
+    return log.num_waits / steps
+
+
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}, {"fuse": False}, {"kv_dtype": torch.int8}], ids=str)
+def test_a_step_of_the_engine(model, log, options):
+    engine = Engine(model, num_blocks=60, block_size=4, **options)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    own = 1 if options.get("fuse", True) else 2  # transformers looks whether positions are those of packed texts
+    assert waits_per_step(engine, log, params) <= own, str(log)
+
+
+def test_a_step_that_samples(model, log):
+    engine = Engine(model, num_blocks=60, block_size=4)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.8, top_k=20, top_p=0.9, seed=1)
+    assert waits_per_step(engine, log, params) <= 1, str(log)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_step_that_copies_on_write(model, log, copies):
+    engine = Engine(model, num_blocks=90, block_size=4)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, n=copies)
+    assert waits_per_step(engine, log, params) <= 1, str(log)
+
+
+def rounds_and_waits(model, log, draft, **options):
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 9, 11, 5, 6]]).to("cuda")
+    log.waits.clear()
+    out = model.generate(
+        ids, max_new_tokens=24, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, draft=draft,
+        custom_generate=optinfer.speculative_decoding, adaptive_drafts=False, num_draft_tokens=4, **options,
+    )  # fmt: skip
+    return len(out.statistics.rounds), log.num_waits
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
+def test_a_speculative_round(model, log, options):
+    """Counted against a longer run of the same text, so that what is waited for once does not count."""
+    for draft in (PromptLookupDraft(), ModelDraft(model)):
+        rounds, waits = rounds_and_waits(model, log, draft, **options)
+        assert waits <= 8 * rounds, str(log)
