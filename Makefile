@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICK := not slow and not nightly and not compile and not browser and not book and not versions and not gpu
 
-.PHONY: lab test setup book notebooks lint test-slow clean
+.PHONY: lab test test-gpu setup book notebooks lint test-slow clean
 
 lab: setup  ## open JupyterLab on notebook 00
 	@$(BIN)/optinfer lab
@@ -27,6 +27,13 @@ book: setup  ## the course as a web site in _build/html
 
 notebooks: setup  ## make the notebooks from their masters
 	@$(BIN)/python scripts/build_notebooks.py
+
+# Tests with the GPU as the default device: the real one where there is one, else a pretended H100 and a pretended T4.
+ROOMS := tests/pretend_gpu tests/attention tests/quantized_matmul tests/kv_cache tests/speculative tests/serving
+GPU_TESTS := OPTINFER_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m "$(QUICK) or gpu"
+test-gpu: setup  ## the package on a GPU, or on a pretended one
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(GPU_TESTS) $(ROOMS); else \
+		for card in h100 t4; do PRETEND_GPU=$$card $(GPU_TESTS) -p tests.pretend_gpu.plugin $(ROOMS) || exit 1; done; fi
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -109,7 +109,8 @@ class PerSequence:
         self._own.pop(sequence.seq_id, None)
 
     def _text(self, sequence: Sequence) -> torch.Tensor:
-        return upload([sequence.token_ids[self._of(sequence).first_hidden :]], self.target.device)
+        device = torch.device("cpu") if self.draft.on_host else self.target.device
+        return upload([sequence.token_ids[self._of(sequence).first_hidden :]], device)
 
     def _of(self, sequence: Sequence) -> _OfSequence:
         own = self._own.get(sequence.seq_id)

@@ -17,6 +17,7 @@ from optinfer.speculative.drafters import Draft, Proposal, context_length, names
 from optinfer.speculative.rollback import cached_tokens, check_can_truncate, truncate
 from optinfer.speculative.sampler import Sampler
 from optinfer.speculative.statistics import Round, SpeculativeOutput, Statistics
+from optinfer.upload import upload
 
 # What `generate` prepares for a text; all of it is understood here, and nothing else is.
 _INPUTS_OF_TEXT = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
@@ -63,21 +64,25 @@ def speculative_decoding(
     length = (AdaptiveLength if adaptive_drafts else FixedLength)(num_draft_tokens)
     longest = min(generation_config.max_length, context_length(model))
     statistics, finished = Statistics(), False
+    read = input_ids.cpu()  # the text where Python reads it: then a round waits for the device once, for its tokens
     if stream_to is not None:
-        stream_to.put(input_ids.cpu())
+        stream_to.put(read)
 
     while not finished:
         room = longest - input_ids.shape[1] - 1  # the target adds one token to every draft
         with _timed() as drafting:
-            member, evidence, proposal = _propose(draft, input_ids, length, room, sampler)
+            member, evidence, proposal = _propose(draft, input_ids, read, length, room, sampler)
         with _timed() as verifying:
             already = cached_tokens(cache)
             text = torch.cat([input_ids, proposal.tokens[None]], dim=1)
             logits, hidden = _target_pass(model, text, cache, len(proposal) + 1, draft.needs_hidden, model_kwargs)
-            emitted = sampler.accept(text, proposal.tokens, proposal.probs, logits)
+            judged = sampler.accept(text, proposal.tokens, proposal.probs, logits)
+            both = torch.cat([proposal.tokens, judged]).tolist()
+            drafted, emitted = both[: len(proposal)], [token for token in both[len(proposal) :] if token >= 0]
             accepted = len(emitted) - 1
         with _timed() as rest:
-            input_ids, emitted, finished = _append(input_ids, emitted, stopping_criteria, stream_to)
+            read, emitted, finished = _append(read, emitted, stopping_criteria, stream_to)
+            input_ids = torch.cat([input_ids, judged[None, : len(emitted)]], dim=1)
             truncate(cache, input_ids.shape[1] - 1)  # all but the newest token, which nobody has run yet
             if hidden is not None:
                 draft_sees = hidden[:, : input_ids.shape[1] - 1 - already]
@@ -86,7 +91,7 @@ def speculative_decoding(
             if statistics.rounds:
                 length.record(member, len(proposal), accepted, drafting[0], verifying[0], evidence)
         _account(statistics, drafting, verifying, rest)
-        statistics.rounds.append(Round(member, proposal.tokens.tolist(), accepted, emitted.tolist()))
+        statistics.rounds.append(Round(member, drafted, accepted, emitted))
 
     if stream_to is not None:
         stream_to.end()
@@ -96,15 +101,18 @@ def speculative_decoding(
 
 
 def _propose(
-    draft: Draft, input_ids: Tensor, length: FixedLength, room: int, sampler: Sampler
+    draft: Draft, input_ids: Tensor, read: Tensor, length: FixedLength, room: int, sampler: Sampler
 ) -> tuple[str, int | None, Proposal]:
     """The first member of the chain that has something to say, its evidence, and what it says."""
     for name, member in zip(names(draft.members), draft.members):
-        evidence = member.evidence(input_ids)
+        text = read if member.on_host else input_ids
+        evidence = member.evidence(text)
         if evidence == 0:
             continue
         most = min(length.choose(name, evidence), room, member.max_tokens or room)
-        if most > 0 and len(proposal := member.propose(input_ids, most, sampler)):
+        if most > 0 and len(proposal := member.propose(text, most, sampler)):
+            if proposal.tokens.device != input_ids.device:
+                proposal.tokens = upload(proposal.tokens, input_ids.device)
             return name, evidence, proposal
     return "", None, Proposal(input_ids.new_empty(0))
 
@@ -128,15 +136,15 @@ def _target_pass(
     return outputs.logits[0], outputs.hidden_states[-1] if needs_hidden else None
 
 
-def _append(input_ids: Tensor, emitted: Tensor, stopping_criteria: Any, stream_to: Any) -> tuple[Tensor, Tensor, bool]:
+def _append(read: Tensor, emitted: list[int], stopping_criteria: Any, stream_to: Any) -> tuple[Tensor, list[int], bool]:
     """Add the tokens one by one, as plain decoding would: any of them may be the last."""
     for count, token in enumerate(emitted, start=1):
-        input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
+        read = torch.cat([read, read.new_tensor([[token]])], dim=1)
         if stream_to is not None:
-            stream_to.put(token.view(1).cpu())
-        if stopping_criteria is not None and bool(stopping_criteria(input_ids, None).all()):
-            return input_ids, emitted[:count], True
-    return input_ids, emitted, False
+            stream_to.put(read[0, -1:])
+        if stopping_criteria is not None and bool(stopping_criteria(read, None).all()):
+            return read, emitted[:count], True
+    return read, emitted, False
 
 
 @contextmanager

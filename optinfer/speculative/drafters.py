@@ -32,6 +32,7 @@ class Draft:
     """What the decoder asks of a drafter. Only `propose` must be written."""
 
     needs_hidden = False  # whether `observe` wants the target's hidden states
+    on_host = False  # whether it reads texts on the CPU, wherever the target is
     max_tokens: int | None = None  # more than this is never worth asking for
 
     def bind(self, target: Any) -> None:
@@ -255,6 +256,8 @@ class PromptLookupDraft(Draft):
         min_ngram: the shortest; 1 drafts more often and is wrong more often. Take 2 where another drafter is asked next
             or where the length is fixed.
     """
+
+    on_host = True
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 1):
         if not 1 <= min_ngram <= max_ngram:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
-from optinfer.speculative.rejection import greedy_accept, rejection_sample
+from optinfer.speculative.rejection import rejection_sample
 
 # Processors of transformers that answer from text and logits alone, however often they are asked.
 _WITHOUT_MEMORY = frozenset(
@@ -65,7 +65,8 @@ class Sampler:
         return torch.multinomial(law, 1, generator=self.generator).squeeze(1), law
 
     def accept(self, text: Tensor, drafted: Tensor, law: Tensor | None, logits: Tensor) -> Tensor:
-        """What the target makes of a draft: 1 to gamma + 1 tokens.
+        """What the target makes of a draft: 1 to gamma + 1 tokens, int64 [gamma + 1], followed by -1. Nobody waits for them,
+        but where processors must be asked in turn.
 
         Args:
             text: the final text and the draft behind it, [1, length + gamma].
@@ -87,14 +88,19 @@ class Sampler:
             one, row = drafted[k : k + 1], self.process(text[:, : first + k], row[None])
             said = self._accept(one, None if law is None else law[k : k + 1], row.expand(len(one) + 1, -1))
             emitted.append(said[:1])
-            if len(said) == 1:  # rejected, or nothing was drafted here
+            if len(said) == 1 or bool(said[1] < 0):  # nothing was drafted here, or rejected
                 break
-        return torch.cat(emitted)
+        return torch.nn.functional.pad(torch.cat(emitted), (0, len(logits) - len(emitted)), value=-1)
 
     def _accept(self, drafted: Tensor, law: Tensor | None, logits: Tensor) -> Tensor:
         if self.greedy:
-            return greedy_accept(drafted, logits.float().argmax(-1))  # of bfloat16 it takes four times as long on a CPU
-        return rejection_sample(drafted, law, logits.float().softmax(-1), self.generator)
+            says = logits.float().argmax(-1)  # of bfloat16 it takes four times as long on a CPU
+            agreed = torch.nn.functional.pad(
+                (drafted == says[:-1]).cumprod(-1), (1, 0), value=1
+            )  # all before it were right
+            return torch.where(agreed > 0, says, -1)
+        law = None if law is None else law[None]
+        return rejection_sample(drafted[None], law, logits.float().softmax(-1)[None], self.generator)[0]
 
 
 def _without_memory(processors: Any) -> bool:
