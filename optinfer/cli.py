@@ -93,25 +93,25 @@ def _grade(args: argparse.Namespace) -> int:
 
 
 def _add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    from optinfer.quantization.command import add_quantize_arguments
+    from optinfer.commands.quantize import add_quantize_arguments
 
     add_quantize_arguments(parser)
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from optinfer.quantization.command import quantize_command
+    from optinfer.commands.quantize import quantize_command
 
     return quantize_command(args)
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    from optinfer.quantization.command import add_export_arguments
+    from optinfer.commands.quantize import add_export_arguments
 
     add_export_arguments(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from optinfer.quantization.command import export_command
+    from optinfer.commands.quantize import export_command
 
     return export_command(args)
 

@@ -10,7 +10,7 @@ byte per weight, five instructions for each and the memory waits for the kernel.
 - a scale is applied once per group, to the sums of the group, not to weights;
 - where the output is too narrow to fill the GPU, the columns are split over programs too, and a second kernel adds up.
 
-With more tokens than fit one tile each tile decodes the weight again; `quantization.matmul` knows when to stop.
+With more tokens than fit one tile each tile decodes the weight again; its caller knows when to stop.
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from optinfer import data, hardware, load_model, models, results
-from optinfer.quantization.calibrate import calibrate
-from optinfer.quantization.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
+from optinfer.quantization.methods.calibrate import calibrate
+from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
 
 SUITE = "calibrated_quantization"

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from optinfer import hardware
 from optinfer.bench import random_model
 from optinfer.bench.timing import copies_past_the_cache, in_turns, one_after_another
-from optinfer.quantization.gpu import as_kernel_weight
+from optinfer.quantization.formats.gpu import as_kernel_weight
+from optinfer.quantization.formats.products import dequantized_matmul
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.matmul import dequantized_matmul
 from optinfer.quantization.schemes import resolve_scheme
 
 Apply = Callable[[Tensor], Tensor]

@@ -1,28 +1,28 @@
 """Lessons 1 and 2: fewer bits per weight.
 
 The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8() are those of bitsandbytes
-0.50. The quantizer ``"optinfer"`` is known to transformers once optinfer is imported.
+0.50. Nothing here imports transformers until a model needs it.
 """
 
-# A function may share its module's name (gptq, awq, calibrate, qat, smoothquant): imported here, the name is the function.
-from optinfer.quantization.awq import awq
-from optinfer.quantization.bitsandbytes_format import load_bitsandbytes, save_bitsandbytes
-from optinfer.quantization.calibrate import CalibrationError, InputStatistics, calibrate
-from optinfer.quantization.checkpoint import CheckpointError, save_checkpoint
+from typing import Any
+
+from optinfer.quantization.checkpoints.bitsandbytes import load_bitsandbytes, save_bitsandbytes
+from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
 from optinfer.quantization.footprint import memory_footprint
-from optinfer.quantization.formats import FORMATS, NumberFormat, codebook, nf4_from_quantiles
-from optinfer.quantization.four_bit import dequantize_4bit, quantize_4bit
-from optinfer.quantization.gptq import gptq, gptq_quantize
-from optinfer.quantization.hf import OptinferConfig
-from optinfer.quantization.int8 import int8_matmul, quantize_int8
+from optinfer.quantization.formats.codebook import dequantize_4bit, quantize_4bit
+from optinfer.quantization.formats.grid import quantize_linear
+from optinfer.quantization.formats.llm_int8 import int8_matmul, quantize_int8
+from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.awq import awq
+from optinfer.quantization.methods.calibrate import CalibrationError, InputStatistics, calibrate
+from optinfer.quantization.methods.gptq import gptq, gptq_quantize
+from optinfer.quantization.methods.qat import fake_quantize, qat
+from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import quantize
-from optinfer.quantization.qat import fake_quantize, qat
+from optinfer.quantization.number_formats import FORMATS, NumberFormat, codebook, nf4_from_quantiles
 from optinfer.quantization.quality import Agreement, Perplexity, kl_divergence, perplexity
-from optinfer.quantization.rtn import quantize_linear
 from optinfer.quantization.schemes import SCHEMES, Scheme
-from optinfer.quantization.smoothquant import smoothquant
-from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = [
     "FORMATS",
@@ -59,3 +59,11 @@ __all__ = [
     "save_checkpoint",
     "smoothquant",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OptinferConfig":
+        from optinfer.quantization.hf import OptinferConfig
+
+        return OptinferConfig
+    raise AttributeError(f"module 'optinfer.quantization' has no attribute {name!r}")

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from optinfer.cpu import CpuWeight, remembered
 from optinfer.cpu import linear as cpu_linear
-from optinfer.quantization.cpu import as_cpu_weight, cpu_pays
-from optinfer.quantization.gpu import as_kernel_weight, kernel_matmul, kernel_pays
-from optinfer.quantization.matmul import quantized_matmul
+from optinfer.quantization.formats.cpu import as_cpu_weight, cpu_pays
+from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
+from optinfer.quantization.formats.products import quantized_matmul
+from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.schemes import Scheme
-from optinfer.quantization.tensor import QuantizedTensor
 from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 __all__ = ["QuantizedLinear"]
@@ -26,8 +26,8 @@ class QuantizedLinear(nn.Module):
     ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any
     other.
 
-    A few tokens on a GPU go through a fused Triton kernel (`gpu.py`), 16-bit tokens on a CPU through the C++ kernels
-    (`cpu.py`). Both read the stored tensors in place.
+    A few tokens on a GPU go through a fused Triton kernel (`formats/gpu.py`), 16-bit tokens on a CPU through the C++ kernels
+    (`formats/cpu.py`). Both read the stored tensors in place.
     """
 
     weight: nn.Parameter

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.quantization.block_floats import BLOCK_FORMATS, BlockFloats, check_block, quantize_blocks, stored_blocks
 from optinfer.quantization.checks import check_block_size, check_choice
-from optinfer.quantization.formats import CODEBOOKS
-from optinfer.quantization.four_bit import quantize_4bit
-from optinfer.quantization.int8 import quantize_int8
-from optinfer.quantization.rtn import quantize_linear, resolve_group_size
-from optinfer.quantization.tensor import NestedScale, QuantizedTensor, packed_width
+from optinfer.quantization.formats.codebook import quantize_4bit
+from optinfer.quantization.formats.grid import quantize_linear, resolve_group_size
+from optinfer.quantization.formats.llm_int8 import quantize_int8
+from optinfer.quantization.formats.small_floats import (
+    BLOCK_FORMATS,
+    BlockFloats,
+    check_block,
+    quantize_blocks,
+    stored_blocks,
+)
+from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, packed_width
+from optinfer.quantization.number_formats import CODEBOOKS
 
 __all__ = ["SCHEMES", "Scheme", "resolve_scheme"]
 

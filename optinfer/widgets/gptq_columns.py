@@ -34,8 +34,8 @@ class GptqColumns(StaticWidget):
         """
         import torch
 
-        from optinfer.quantization.gptq import inverse_factor
-        from optinfer.quantization.rtn import grid, quantize_linear
+        from optinfer.quantization.formats.grid import grid, quantize_linear
+        from optinfer.quantization.methods.gptq import inverse_factor
 
         w = weight.double().clone()
         original = w.clone()

@@ -5,8 +5,8 @@ from typing import Any
 
 import traitlets
 
-from optinfer.quantization.block_floats import BLOCK_FORMATS, E2M1
-from optinfer.quantization.formats import CODEBOOKS, FORMATS
+from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
+from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
 
 # Sixteen weights of a typical size, for readers without a model at hand.
@@ -94,7 +94,7 @@ class NumberFormats(StaticWidget):
         """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
         import torch
 
-        from optinfer.quantization.block_floats import quantize_blocks
+        from optinfer.quantization.formats.small_floats import quantize_blocks
 
         block: Any = self.blocks[self.block]
         values = torch.tensor(block["values"])[None]

@@ -139,8 +139,8 @@ def test_calling_the_courses_own_answer_is_a_shortcut(exercise):
 
 PACKAGE = {
     "quantization.absmax": lambda x: optinfer.quantization.quantize_int8(x.float().view(1, -1)),
-    "quantization.pack_nibbles": lambda codes: optinfer.quantization.tensor.pack_bits(codes, 4),
-    "quantization.unpack_nibbles": lambda packed, n: optinfer.quantization.tensor.unpack_bits(packed, 4, n),
+    "quantization.pack_nibbles": lambda codes: optinfer.quantization.formats.tensor.pack_bits(codes, 4),
+    "quantization.unpack_nibbles": lambda packed, n: optinfer.quantization.formats.tensor.unpack_bits(packed, 4, n),
     "quantization.groups": lambda w, g: optinfer.quantization.quantize_linear(w, 4, g, True),
     "quantization.nf4_levels": lambda offset=0.9677083: optinfer.quantization.nf4_from_quantiles(offset),
     "quantization.nf4_quantize": lambda w, b, levels: optinfer.quantization.quantize_4bit(w.view(1, -1), "nf4", b),
@@ -166,7 +166,7 @@ PACKAGE = {
 
 @pytest.mark.parametrize("id", PACKAGE)
 def test_calling_the_package_is_a_shortcut(id):
-    importlib.import_module("optinfer.quantization.tensor")
+    importlib.import_module("optinfer.quantization.formats.tensor")
     result = checks.evaluate(exercises.get(id), PACKAGE[id])
     assert not result.passed and "must not be called" in result.message, result.message
 

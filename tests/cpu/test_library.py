@@ -12,7 +12,7 @@ from optinfer import cpu
 from optinfer.cpu import library
 from optinfer.processor import this_processor
 from optinfer.quantization import quantize_4bit, quantize_linear
-from optinfer.quantization.cpu import as_cpu_weight
+from optinfer.quantization.formats.cpu import as_cpu_weight
 
 needs_compiler = pytest.mark.skipif(cpu.kernels() is None, reason="no C++ compiler here")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from optinfer import cpu
 from optinfer.cpu import structs
 from optinfer.quantization import quantize_4bit, quantize_linear
-from optinfer.quantization.cpu import as_cpu_weight
+from optinfer.quantization.formats.cpu import as_cpu_weight
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="no C++ compiler here")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optinfer.quantization.checkpoint import pack_int32, unpack_int32
-from optinfer.quantization.four_bit import nest
+from optinfer.quantization.checkpoints.save import pack_int32, unpack_int32
+from optinfer.quantization.formats.codebook import nest
 from optinfer.speculative.distillation import frequent_tokens
 from optinfer.speculative.rejection import rejection_sample
 

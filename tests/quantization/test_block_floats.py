@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optinfer.quantization import QuantizedLinear, memory_footprint, quantize, save_checkpoint
-from optinfer.quantization.block_floats import BLOCK_FORMATS, E2M1, file_order, mx_scales, quantize_blocks
-from optinfer.quantization.checkpoint import CheckpointError
+from optinfer.quantization.checkpoints.save import CheckpointError
 from optinfer.quantization.footprint import allocated_bytes
-from optinfer.quantization.matmul import quantized_matmul
+from optinfer.quantization.formats.products import quantized_matmul
+from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1, file_order, mx_scales, quantize_blocks
 
 SCHEMES = ("fp8", "mxfp8", "mxfp4", "nvfp4")
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from optinfer.quantization import checkpoint, quantize
-from optinfer.quantization.checkpoint import CheckpointError, pack_int32, save_checkpoint, unpack_int32
-from optinfer.quantization.gptq import gptq_quantize
-from optinfer.quantization.ladder import dequantize
+from optinfer.quantization import quantize
+from optinfer.quantization.checkpoints import save
+from optinfer.quantization.checkpoints.save import CheckpointError, pack_int32, save_checkpoint, unpack_int32
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.gptq import gptq_quantize
+from optinfer.quantization.methods.ladder import dequantize
 from optinfer.quantization.model import replace_module
 
 
@@ -255,7 +256,7 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch, step):
 
 def test_too_small_a_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="GB free"):
         save_checkpoint(quantize(small_model(), "int4", block_size=32, progress=False), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optinfer.quantization import codebook, dequantize_4bit, nf4_from_quantiles, quantize_4bit
-from optinfer.quantization.formats import DYNAMIC_INT8, dynamic_table
-from optinfer.quantization.tensor import pack_bits, unpack_bits
+from optinfer.quantization.formats.tensor import pack_bits, unpack_bits
+from optinfer.quantization.number_formats import DYNAMIC_INT8, dynamic_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optinfer.quantization.gptq import gptq_quantize, inverse_factor, output_error, row_errors
-from optinfer.quantization.rtn import grid, quantize_linear
+from optinfer.quantization.formats.grid import grid, quantize_linear
+from optinfer.quantization.methods.gptq import gptq_quantize, inverse_factor, output_error, row_errors
 
 
 def hessian_of(inputs: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optinfer.quantization import FORMATS, int8_matmul, quantize_int8, quantize_linear
-from optinfer.quantization.int8 import quantize_activations
-from optinfer.quantization.rtn import round_linear
+from optinfer.quantization.formats.grid import round_linear
+from optinfer.quantization.formats.llm_int8 import quantize_activations
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)

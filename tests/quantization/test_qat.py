@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from optinfer.quantization import fake_quantize, qat, quantize_linear
-from optinfer.quantization.ladder import dequantize
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.ladder import dequantize
 
 
 class Letters:

@@ -7,11 +7,11 @@ import torch
 import transformers
 from torch import nn
 
-from optinfer.quantization.calibrate import calibrate
-from optinfer.quantization.int8 import quantize_activations
+from optinfer.quantization.formats.llm_int8 import quantize_activations
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.calibrate import calibrate
+from optinfer.quantization.methods.smoothquant import smooth_layer, smoothing_scale, smoothquant
 from optinfer.quantization.model import quantize
-from optinfer.quantization.smoothquant import smooth_layer, smoothing_scale, smoothquant
 
 FAMILIES = ("LlamaConfig", "Qwen2Config", "MistralConfig", "GemmaConfig")
 IDS = (torch.arange(1500) * 37 % 127).tolist()

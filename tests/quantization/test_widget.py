@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optinfer.quantization.gptq import gptq_quantize, row_errors
-from optinfer.quantization.rtn import quantize_linear
+from optinfer.quantization.formats.grid import quantize_linear
+from optinfer.quantization.methods.gptq import gptq_quantize, row_errors
 from optinfer.widgets import number_formats
 from optinfer.widgets.gptq_columns import GptqColumns
 from optinfer.widgets.number_formats import NumberFormats

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optinfer.course.workshop import DESIGNS, Design
 from optinfer.quantization import quantize_4bit
-from optinfer.quantization.block_floats import quantize_blocks
-from optinfer.quantization.workshop import DESIGNS, Design
+from optinfer.quantization.formats.small_floats import quantize_blocks
 
 
 def weight(seed: int = 0) -> torch.Tensor:

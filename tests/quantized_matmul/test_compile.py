@@ -5,7 +5,7 @@ import functools
 import pytest
 
 pytest.importorskip("triton")
-from optinfer.quantization.formats import CODEBOOKS
+from optinfer.quantization.number_formats import CODEBOOKS
 from optinfer_kernels.compile import SHARED_MEMORY, compile_in_parallel
 from optinfer_kernels.quantized_builds import QuantizedBuild, compile_quantized
 

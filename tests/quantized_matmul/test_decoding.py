@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from optinfer.quantization.formats import CODEBOOKS
+from optinfer.quantization.number_formats import CODEBOOKS
 from optinfer_kernels.decoding import byte_decoding, nibble_decoding
 from optinfer_kernels.quantized_arguments import INT4
 

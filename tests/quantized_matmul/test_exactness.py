@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from optinfer import quantization
-from optinfer.quantization.formats import CODEBOOKS
-from optinfer.quantization.gpu import as_kernel_weight
-from optinfer.quantization.matmul import quantized_matmul
-from optinfer.quantization.tensor import pack_bits
+from optinfer.quantization.formats.gpu import as_kernel_weight
+from optinfer.quantization.formats.products import quantized_matmul
+from optinfer.quantization.formats.tensor import pack_bits
+from optinfer.quantization.number_formats import CODEBOOKS
 from optinfer_kernels import quantized_matmul as readable
 from optinfer_kernels import quantized_matmul_fast as fast
 from optinfer_kernels.int8_matmul import int8_matmul

@@ -2,7 +2,7 @@
 
 import torch
 
-from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
+from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer_kernels.quantized_arguments import INT4, NestedScale, QuantizedWeight
 
 FORMATS = ("nf4", "nf4 nested", "fp4", "int4", "int4 affine", "int8")

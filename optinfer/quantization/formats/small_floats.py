@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_choice, check_weight
-from optinfer.quantization.tensor import QuantizedTensor, packed_width, unpack_bits
+from optinfer.quantization.formats.tensor import QuantizedTensor, packed_width, unpack_bits
 
 __all__ = ["BLOCK_FORMATS", "E2M1", "BlockFloats", "BlockFormat", "file_order", "quantize_blocks"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.gpu import has_kernels
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.gpu import has_kernels
+from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["Int8Activations", "int8_matmul", "quantize_activations", "quantize_int8"]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optinfer.quantization.formats import CODEBOOKS, codebook, dynamic_table
+from optinfer.quantization.number_formats import CODEBOOKS, codebook, dynamic_table
 
 __all__ = ["NestedScale", "QuantizedTensor", "pack_bits", "unpack_bits"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.quantization.block_floats import BlockFloats, file_order
 from optinfer.quantization.checks import CheckpointError
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.small_floats import BlockFloats, file_order
+from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["convert_blocks"]
 

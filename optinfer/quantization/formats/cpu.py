@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight, kernels, linear
-from optinfer.quantization.block_floats import E2M1, BlockFloats
-from optinfer.quantization.formats import DYNAMIC_INT8, codebook
-from optinfer.quantization.tensor import NestedScale, QuantizedTensor
+from optinfer.quantization.formats.small_floats import E2M1, BlockFloats
+from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
+from optinfer.quantization.number_formats import DYNAMIC_INT8, codebook
 
 __all__ = ["as_cpu_weight", "cpu_pays", "linear"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["grid", "quantize_linear", "resolve_group_size", "round_linear"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from optinfer.folders import new_folder
-from optinfer.quantization.checkpoint import FORMATS, save_checkpoint
-from optinfer.quantization.ladder import METHODS, dequantize, rung
+from optinfer.quantization.checkpoints.save import FORMATS, save_checkpoint
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.ladder import METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
 
 __all__ = ["add_export_arguments", "add_quantize_arguments", "export_command", "quantize_command"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_block_size, check_choice, check_weight
-from optinfer.quantization.formats import CODEBOOKS, codebook, dynamic_table
-from optinfer.quantization.tensor import NestedScale, QuantizedTensor
+from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
+from optinfer.quantization.number_formats import CODEBOOKS, codebook, dynamic_table
 
 __all__ = ["dequantize_4bit", "quantize_4bit"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from optinfer import hardware
-from optinfer.quantization.block_floats import E2M1, BlockFloats
-from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
-from optinfer.quantization.tensor import NestedScale as NestedTensor
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.small_floats import E2M1, BlockFloats
+from optinfer.quantization.formats.tensor import NestedScale as NestedTensor
+from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer_kernels import TritonMissing
 from optinfer_kernels.quantized_arguments import INT4, NestedScale, QuantizedWeight, codebook_tensor
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from optinfer.quantization.calibrate import calibrate, check_groups, decoder_linears, install
-from optinfer.quantization.rtn import quantize_linear, round_linear
+from optinfer.quantization.formats.grid import quantize_linear, round_linear
+from optinfer.quantization.methods.calibrate import calibrate, check_groups, decoder_linears, install
 
 __all__ = ["fake_quantize", "qat"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optinfer import plots
-from optinfer.quantization.formats import CODEBOOKS, FORMATS
+from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from optinfer.quantization.calibrate import (
+from optinfer.quantization.formats.grid import quantize_linear, round_linear
+from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.methods.calibrate import (
     Calibration,
     CalibrationLayer,
     add_gram,
@@ -27,9 +29,7 @@ from optinfer.quantization.calibrate import (
     check_groups,
     install,
 )
-from optinfer.quantization.gptq import gptq_quantize
-from optinfer.quantization.rtn import quantize_linear, round_linear
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.methods.gptq import gptq_quantize
 
 __all__ = [
     "Scaling",

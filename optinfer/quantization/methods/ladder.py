@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from optinfer.quantization.awq import awq
-from optinfer.quantization.gptq import gptq
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.awq import awq
+from optinfer.quantization.methods.gptq import gptq
+from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import quantize, replace_module
-from optinfer.quantization.smoothquant import smoothquant
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 
@@ -36,7 +36,7 @@ def rung(
             return quantize(model, "llm_int8", threshold=0.0, progress=False)
         return smoothquant(model, tokenizer, **CALIBRATION, **options)
     if method == "qat":
-        from optinfer.quantization.qat import qat
+        from optinfer.quantization.methods.qat import qat
 
         return qat(model, tokenizer, **common, **options)
     raise ValueError(f"method must be one of {', '.join((*METHODS, *EIGHT_BITS))}; got {method!r}")

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.quantization.calibrate import Calibration, calibrate, check_groups, install
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.rtn import BITS, grid, quantize_linear, resolve_group_size
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.grid import BITS, grid, quantize_linear, resolve_group_size
+from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.methods.calibrate import Calibration, calibrate, check_groups, install
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
 

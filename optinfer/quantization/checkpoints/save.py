@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
-from optinfer.quantization.bitsandbytes_format import write_bitsandbytes
-from optinfer.quantization.block_checkpoint import convert_blocks
-from optinfer.quantization.block_floats import BlockFloats
-from optinfer.quantization.calibrate import decoder_layers
+from optinfer.quantization.checkpoints.bitsandbytes import write_bitsandbytes
+from optinfer.quantization.checkpoints.small_floats import convert_blocks
 from optinfer.quantization.checks import CheckpointError
+from optinfer.quantization.formats.small_floats import BlockFloats
+from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.methods.calibrate import decoder_layers
 
 __all__ = ["FORMATS", "CheckpointError", "pack_int32", "save_checkpoint", "unpack_int32"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
-from optinfer.quantization.formats import CODEBOOKS, DYNAMIC_INT8
+from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import replace_module
+from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.schemes import Scheme
-from optinfer.quantization.tensor import NestedScale, QuantizedTensor
 
 __all__ = ["load_bitsandbytes", "save_bitsandbytes", "write_bitsandbytes"]
 

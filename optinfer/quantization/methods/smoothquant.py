@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.quantization.awq import fold, foldable, scaling_groups, unquantized_parameters
-from optinfer.quantization.calibrate import Calibration, CalibrationLayer, calibrate, install
-from optinfer.quantization.int8 import quantize_int8
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.llm_int8 import quantize_int8
+from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.methods.awq import fold, foldable, scaling_groups, unquantized_parameters
+from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, install
 
 __all__ = ["smooth_layer", "smoothquant"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_choice
-from optinfer.quantization.gpu import as_kernel_weight, kernel_matmul, kernel_pays
-from optinfer.quantization.int8 import int8_matmul
-from optinfer.quantization.tensor import QuantizedTensor
+from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
+from optinfer.quantization.formats.llm_int8 import int8_matmul
+from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["dequantized_matmul", "quantized_matmul"]
 

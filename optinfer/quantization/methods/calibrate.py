@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optinfer.quantization.formats.grid import BITS
+from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import select_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized, replace_module
-from optinfer.quantization.rtn import BITS
 from optinfer.quantization.schemes import Scheme
-from optinfer.quantization.tensor import QuantizedTensor
 
 __all__ = ["Calibration", "CalibrationError", "CalibrationLayer", "InputStatistics", "calibrate"]
 

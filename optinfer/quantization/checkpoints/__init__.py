@@ -1,0 +1,1 @@
+"""The layouts of files that others read: one module each."""

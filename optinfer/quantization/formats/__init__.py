@@ -1,0 +1,1 @@
+"""The formats: how a weight is stored, restored and multiplied."""

@@ -1,0 +1,1 @@
+"""The methods: which of a format's values each weight becomes."""
