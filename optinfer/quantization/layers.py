@@ -1,7 +1,8 @@
 """Which layers of a model are quantized, and why others are not.
 
 A layer may be replaced only if nobody can tell: plain linear layers whose weight nobody but themselves reads. Tables of
-model families age, so a short input is run through the model while its linear layers write down who asks for their weight.
+model families age, so a short input is run through the model while its linear layers write down who asks for their weight,
+and once more with stand-ins in their place: results that differ are refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def select_layers(
         experts: whether weights held as stacks of matrices may be left in silence.
 
     Raises:
-        ValueError: a pattern of `skip` matches nothing, or most weights are experts held as one parameter.
+        ValueError: a pattern of `skip` matches nothing, most weights are experts held as one parameter, or the model
+            computes something else once its layers are exchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     modules = dict(model.named_modules())
@@ -74,9 +76,7 @@ def select_layers(
         else:
             selection.layers[name] = module
     if watch:
-        for name in _read_by_others(model, selection.layers):
-            del selection.layers[name]
-            selection.left[name] = "other code reads its weight"
+        _try_out(model, selection)
     if not experts:
         selection.left.update(_experts(model, patterns))
     return selection
@@ -197,20 +197,80 @@ def _experts(model: nn.Module, patterns: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- watching
 
 
-def _read_by_others(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    """Names of layers whose weight somebody else asks for while a short input runs through the model.
+def _try_out(model: nn.Module, selection: Selection) -> None:
+    """Run a short input through the model twice: once to see whose weights are read, and leave those layers alone; then
+    with stand-ins that look like quantized layers and compute exactly, so that any difference is somebody's mistake.
 
     T5 asks for the dtype of a layer's weight, MultiheadAttention passes it to a function of its own: a quantized layer
-    answers with packed codes. Empty where the model takes no token ids, or does not run on them.
+    answers with packed codes. Nothing is learned where the model takes no token ids, or does not run on them.
+
+    Raises ValueError: the model computes something else with the stand-ins, so it would with quantized layers.
     """
     inputs = _short_input(model)
+    # accelerate's hooks run a layer's own forward elsewhere: it would be seen as a reader of its own weight
+    layers = {name: layer for name, layer in selection.layers.items() if "forward" not in vars(layer)}
     if inputs is None or not layers:
-        return []
-    names = {id(layer): name for name, layer in layers.items()}
+        return
     asked: set[int] = set()
-    with _watched(layers.values(), asked), torch.no_grad(), contextlib.suppress(Exception):
-        model(**inputs)
-    return [name for key, name in names.items() if key in asked]
+    with _still(model):
+        try:
+            with _watched(layers.values(), asked):
+                expected = _tensors(model(**inputs))
+        except Exception:
+            expected = []
+        for name, layer in layers.items():
+            if id(layer) in asked:
+                del selection.layers[name]
+                selection.left[name] = "other code reads its weight"
+        chosen = [layer for layer in layers.values() if id(layer) not in asked]
+        if not chosen or not expected or expected[0].is_meta:
+            return
+        try:
+            with _stand_ins(chosen):
+                found = _tensors(model(**inputs))
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not run once its linear layers are exchanged ({type(error).__name__}: "
+                f"{str(error)[:200]}): other code depends on them. Name the layers to leave alone in skip"
+            ) from error
+    difference = max((_distance(a, b) for a, b in zip(found, expected)), default=0.0)
+    if difference > PROBE_TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} computes something else once its linear layers are exchanged for others of equal results "
+            f"(relative error {difference:.2g}): other code depends on them. Name the layers to leave alone in skip"
+        )
+
+
+PROBE_TOLERANCE = 1e-2  # the products are the same ones; a layer that falls out changes everything
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error; infinite where shapes differ or new NaN values appear."""
+    if found.shape != expected.shape:
+        return float("inf")
+    finite = torch.isfinite(expected)
+    a, b = found[finite].float(), expected[finite].float()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).nan_to_num(float("inf")).item()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returns, outermost only."""
+    values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Without gradients, dropout or a trace: modes and the random generator are afterwards as before."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _short_input(model: nn.Module) -> dict[str, Tensor] | None:
@@ -255,3 +315,30 @@ def _watched(layers: Iterable[Any], asked: set[int]) -> Iterator[None]:
     finally:
         for layer, usual in changed:
             layer.__class__ = usual
+
+
+@contextlib.contextmanager
+def _stand_ins(layers: Iterable[Any]) -> Iterator[None]:
+    """Let layers look as quantized ones do (packed codes for a weight, no `nn.Linear`) and compute as always."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return linear(x, *self._true)
+
+    kinds: dict[type, type] = {}
+    changed = []
+    try:
+        for layer in layers:
+            usual, weight = type(layer), layer._parameters["weight"]
+            codes = torch.zeros((), dtype=torch.uint8, device=weight.device).expand(weight.shape)
+            if usual not in kinds:
+                kinds[usual] = type("StandIn", (nn.Module,), {"forward": forward})
+            changed.append((layer, usual, weight))
+            layer.__dict__["_true"] = (matrix_of(layer), layer.bias)
+            layer._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+            layer.__class__ = kinds[usual]
+        yield
+    finally:
+        for layer, usual, weight in changed:
+            layer.__class__ = usual
+            layer._parameters["weight"] = weight
+            layer.__dict__.pop("_true", None)
