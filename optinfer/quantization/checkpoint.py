@@ -36,6 +36,7 @@ from optinfer.quantization.block_checkpoint import convert_blocks
 from optinfer.quantization.block_floats import BlockFloats
 from optinfer.quantization.calibrate import decoder_layers
 from optinfer.quantization.checks import CheckpointError
+from optinfer.quantization.experts import refuse_experts
 from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.tensor import QuantizedTensor
@@ -148,6 +149,7 @@ def save_checkpoint(
     layers = {name: m.quantized for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
+    refuse_experts(model, format)
     _check_readers_layers(model, layers, format)
     if format == "bitsandbytes":
         with new_folder(target) as folder:

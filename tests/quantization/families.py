@@ -37,6 +37,7 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     import transformers
 
     from optinfer.quantization import QuantizedLinear, quantize
+    from optinfer.quantization.experts import QuantizedExperts, quantized_experts
 
     auto = getattr(transformers, KINDS[kind])
     try:
@@ -58,6 +59,8 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     for name, layer in layers.items():
         own, restored = model.get_submodule(name), layer.quantized.dequantize()
         own.weight.data = restored if isinstance(own, nn.Linear) else restored.T.contiguous()
+    for name, experts in quantized_experts(quantized):
+        model.get_parameter(name).data = experts.dequantize()
     if break_layer:
         next(iter(layers.values())).weight.data.neg_()
     after = _logits(quantized, inputs)
@@ -67,7 +70,11 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
         )
     again = _reloaded(quantized, auto)
     kinds = [
-        {n: type(m).__name__ for n, m in x.named_modules() if isinstance(m, (nn.Linear, QuantizedLinear))}
+        {
+            n: type(m).__name__
+            for n, m in x.named_modules()
+            if isinstance(m, (nn.Linear, QuantizedLinear, QuantizedExperts))
+        }
         for x in (quantized, again)
     ]
     if kinds[0] != kinds[1]:

@@ -241,10 +241,10 @@ def test_recorded_names_are_found_with_and_without_a_prefix(names, left):
 # ---------------------------------------------------------------------------------------------- experts, offloading, export
 
 
-def test_experts_in_stacks_are_refused_with_their_share_or_skipped_by_name():
-    model = build("MixtralConfig", num_local_experts=4)
+def test_stacks_of_an_unknown_kind_are_refused_with_their_share_or_skipped_by_name():
+    model = build("Llama4TextConfig", num_local_experts=4, intermediate_size_mlp=96)
     before = copy.deepcopy(model.state_dict())
-    share = sum(p.numel() for n, p in model.named_parameters() if "experts" in n) / sum(
+    share = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) / sum(
         p.numel() for p in model.parameters()
     )
     for call in (lambda: quantize(model, "int8", progress=False), lambda: memory_footprint(model, "int8")):
