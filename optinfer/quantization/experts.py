@@ -2,7 +2,8 @@
 
 transformers keeps all experts of a layer in `gate_up_proj` and `down_proj`, [experts, out, in] (GPT-OSS: [experts, in, out]).
 The plain loop over experts takes one matrix at a time, ``self.gate_up_proj[i]``, so the stack may be any object that has
-them: here one that restores the matrix it is asked for. Faster loops that read the whole stack are switched off.
+them: here one that restores the matrix it is asked for. Faster loops that read the whole stack are switched off; Llama 4
+has no other than `torch.bmm`, so that is answered too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,28 @@ from optinfer.quantization.schemes import Scheme
 __all__ = ["QuantizedExperts", "expert_stacks", "quantize_experts", "restore_experts"]
 
 
-class QuantizedExperts(nn.Module):
+PLAIN = {
+    "Llama4TextExperts": True,
+    "JetMoeParallelExperts": False,
+}  # without a choice of loops; whether they hold [in, out]
+
+
+class Matrices(nn.Module):
+    """Matrices of one shape [experts, rows, columns], handed out by index and to `torch.bmm`."""
+
+    shape: tuple[int, int, int]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.bmm and len(args) == 2 and isinstance(args[1], cls) and not kwargs:
+            return torch.stack([x @ args[1][i] for i, x in enumerate(args[0])])
+        return NotImplemented  # torch then raises TypeError
+
+
+class QuantizedExperts(Matrices):
     """A stack of quantized matrices; indexing restores one.
 
     The stored tensors are those of `QuantizedLinear` with a first dimension for the experts.
@@ -44,6 +66,8 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
         self.scheme, self.transposed, self.dtype = scheme, transposed, dtype
+        matrix = (in_features, out_features) if transposed else (out_features, in_features)
+        self.shape = (num_experts, *matrix)
         for name, (shape, stored_dtype) in self.stored().items():
             empty = torch.empty(shape, dtype=stored_dtype, device=device)
             self.register_parameter(parameter_name(name), nn.Parameter(empty, requires_grad=False))
@@ -70,7 +94,7 @@ class QuantizedExperts(nn.Module):
                 self._parameters[parameter_name(name)][i].copy_(tensor)  # type: ignore[index]
         return self
 
-    def __getitem__(self, index: int | Tensor) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:
         tensors = {tensor_name(n): p.data[index] for n, p in self._parameters.items() if p is not None}
         q = self.scheme.assemble(tensors, (self.out_features, self.in_features), self.dtype)
         return q.dequantize().T if self.transposed else q.dequantize()
@@ -92,7 +116,7 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{own}" if name else own: parameter
         for name, module in model.named_modules()
-        if _plain_loop(module) is not None
+        if plain_loop(module) is not None
         for own, parameter in module._parameters.items()
         if parameter is not None and parameter.ndim == 3
     }
@@ -100,7 +124,8 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def transposed(model: nn.Module, name: str) -> bool:
     """Whether a stack holds its matrices as [in, out]."""
-    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return bool(getattr(owner, "is_transposed", PLAIN.get(type(owner).__name__, False)))
 
 
 def quantize_experts(model: nn.Module, name: str, scheme: Scheme) -> None:
@@ -145,11 +170,16 @@ def refuse_experts(model: nn.Module, format: str) -> None:
 
 def one_by_one(module: nn.Module) -> None:
     """Let a module of experts use its plain loop, whatever the configuration says."""
-    loop = _plain_loop(module)
+    loop = plain_loop(module)
     assert loop is not None
     vars(module)["forward"] = MethodType(loop, module)
 
 
-def _plain_loop(module: nn.Module) -> Callable | None:
-    """The loop over experts behind transformers' `use_experts_implementation`; None for other modules."""
+def plain_loop(module: nn.Module) -> Callable | None:
+    """The loop over experts that takes matrices one by one; None for modules that are no known kind of experts.
+
+    Where there are several, transformers' `use_experts_implementation` has wrapped this one.
+    """
+    if type(module).__name__ in PLAIN:
+        return type(module).forward
     return getattr(type(module).forward, "__wrapped__", None) if hasattr(module, "is_transposed") else None

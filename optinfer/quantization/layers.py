@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from optinfer.quantization.experts import expert_stacks, one_by_one
+from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one
 
 __all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers", "unquantized_weights"]
 
@@ -383,11 +383,12 @@ def _one_by_one(model: nn.Module, stacks: Iterable[str]) -> Iterator[None]:
             vars(owner).pop("forward", None)
 
 
-class _Matrices(nn.Module):
+class _TrueMatrices(Matrices):
     """A stack as a quantized one looks, with the true matrices."""
 
     def __init__(self, stack: Tensor):
         super().__init__()
+        self.shape = tuple(stack.shape)  # type: ignore[assignment]
         vars(self)["stack"] = stack
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -402,7 +403,7 @@ def _stand_in_stacks(model: nn.Module, stacks: dict[str, nn.Parameter]) -> Itera
     try:
         for module, own, name in places:
             del module._parameters[own]
-            module._modules[own] = _Matrices(stacks[name])
+            module._modules[own] = _TrueMatrices(stacks[name])
         yield
     finally:
         for module, own, name in places:

@@ -14,7 +14,7 @@ QUICK = [  # one of every kind of trouble: Conv1D, float32 layers, renamed paths
     ("text", "MixtralConfig", "served"),
     ("text", "MambaConfig", "served"),
     ("text", "Lfm3Config", "served"),
-    ("text", "Llama4TextConfig", "refused"),
+    ("text", "Llama4TextConfig", "served"),
     ("text", "GptOssConfig", "served"),
     ("text to text", "T5Config", "served"),
     ("text to text", "BartConfig", "served"),
