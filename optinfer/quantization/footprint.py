@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optinfer.quantization.experts import QuantizedExperts, transposed
 from optinfer.quantization.layers import matrix_of, select_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -39,14 +40,14 @@ def memory_footprint(
         Bytes of all parameters, tied ones once. Buffers (rotary tables, some kilobytes) are not weights.
 
     Raises:
-        ValueError: as `quantize`: unknown scheme or option, experts held as one parameter, quantized already.
+        ValueError: as `quantize`: unknown scheme or option, stacks of matrices of an unknown kind, quantized already.
     """
     if scheme is not None and not isinstance(scheme, Scheme):
         scheme = resolve_scheme(scheme, block_size, double_quant, symmetric)
     model = config_or_model
     if not isinstance(model, nn.Module):
         model = empty_model(config_or_model, dtype or torch.bfloat16)
-    if scheme is not None and any(isinstance(m, QuantizedLinear) for m in model.modules()):
+    if scheme is not None and any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in model.modules()):
         raise ValueError("the model is quantized already: pass scheme=None, or the original model")
 
     def bytes_of(parameter: torch.Tensor) -> int:
@@ -55,7 +56,12 @@ def memory_footprint(
 
     total = sum(bytes_of(p) for p in model.parameters())
     if scheme is not None:
-        for layer in select_layers(model, skip).layers.values():
+        selection = select_layers(model, skip)
+        for name, stack in selection.stacks.items():
+            experts, rows, columns = stack.shape
+            shape = (columns, rows) if transposed(model, name) else (rows, columns)
+            total += experts * scheme.nbytes(shape, dtype or stack.dtype) - bytes_of(stack)
+        for layer in selection.layers.values():
             rows, columns = matrix_of(layer).shape
             total += scheme.nbytes((rows, columns), dtype or layer.weight.dtype) - bytes_of(layer.weight)
     return total

@@ -21,7 +21,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optinfer.quantization.checks import FLOAT_DTYPES, check_weight
-from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_layers
+from optinfer.quantization.experts import (
+    QuantizedExperts,
+    put_experts,
+    quantize_experts,
+    restore_experts,
+    transposed,
+)
+from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear, parameter_name
 from optinfer.quantization.model import replace_module
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -142,12 +149,18 @@ class OptinferQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         named = config.modules_to_not_convert or ()
         if self.pre_quantized:  # what was done is known; rules and trials are for those who decide
-            layers = select_layers(model, watch=False, experts=True).layers
-            for name in recorded(layers, named):
-                del layers[name]
+            selection = select_layers(model, watch=False, experts=True)
+            layers, stacks = selection.layers, selection.stacks
+            for name in recorded([*layers, *stacks], named):
+                layers.pop(name, None)
+                stacks.pop(name, None)
+            for name, stack in stacks.items():
+                put_experts(model, name, QuantizedExperts.like(stack, self.scheme, transposed(model, name), "meta"))
         else:
-            layers = select_layers(model, named).layers
-        if not layers:
+            selection = select_layers(model, named)
+            layers, stacks = selection.layers, selection.stacks
+            self.stacks = list(stacks)
+        if not layers and not stacks:
             raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
         for layer in layers.values():
             rows, columns = matrix_of(layer).shape
@@ -160,8 +173,6 @@ class OptinferQuantizer(HfQuantizer):
             replace_module(model, layer, new)
         if self.pre_quantized:
             _check_complete(model, kwargs.get("checkpoint_files") or ())
-        else:
-            config.modules_to_not_convert = unquantized_layers(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -187,9 +198,16 @@ class OptinferQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check what came: transformers only warns about tensors that are missing or do not fit."""
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 _check_loaded(name, module)
-                module.__class__ = QuantizedLinear
+            if isinstance(module, _UnquantizedLinear):
+                module.__class__ = QuantizedLinear  # type: ignore[assignment]
+        if not self.pre_quantized:  # transformers joins the experts of a checkpoint; what it made is quantized here
+            for name in self.stacks:
+                check_weight(model.get_parameter(name), name, ndim=3)
+                quantize_experts(model, name, self.scheme)
+            config: Any = self.quantization_config
+            config.modules_to_not_convert = unquantized_weights(model)
         save_under_own_names(model)
         return model
 
@@ -205,6 +223,7 @@ class OptinferQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 linear = module.dequantize()
                 replace_module(model, module, linear if dtype is None else linear.to(dtype))
+        restore_experts(model, dtype)
         return model
 
 
@@ -230,7 +249,7 @@ def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:
     if not present:
         return
     for name, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, QuantizedExperts)):
             for parameter, value in module._parameters.items():
                 key = f"{name}.{parameter}"
                 present[_tail(key)] -= value is not None
@@ -245,12 +264,11 @@ def _tail(key: str) -> str:
     return ".".join(parts[numbers[-1] :] if numbers else parts[-2:])
 
 
-def _check_loaded(name: str, layer: QuantizedLinear) -> None:
+def _check_loaded(name: str, layer: QuantizedLinear | QuantizedExperts) -> None:
     """Raise ValueError if a layer's tensors are not what its scheme stores."""
     if layer.weight.dtype in FLOAT_DTYPES:
         raise ValueError(f"{name}.weight is missing from the checkpoint")
-    stored = layer.scheme.stored((layer.out_features, layer.in_features), layer.dtype)
-    for tensor, (shape, dtype) in stored.items():
+    for tensor, (shape, dtype) in layer.stored().items():
         key = f"{name}.{parameter_name(tensor)}"
         value = layer._parameters[parameter_name(tensor)]
         if value is None or value.is_meta or not getattr(value, "_is_hf_initialized", True):

@@ -1,7 +1,8 @@
 """Which layers of a model are quantized, and why others are not.
 
 A layer may be replaced only if nobody can tell: plain linear layers whose weight nobody but themselves reads. Tables of
-model families age, so a short input is run through the model while its linear layers write down who asks for their weight.
+model families age, so a short input is run through the model while its linear layers write down who asks for their weight,
+and once more with stand-ins in their place: results that differ are refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-__all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers"]
+from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one
+
+__all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers", "unquantized_weights"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Selection:
 
     Attributes:
         layers: the linear layers, by name; a module that is used under several names, under the first.
+        stacks: the experts' parameters, by name.
         left: names of linear layers (and of stacks of experts) that keep their weights, with the reason.
     """
 
     layers: dict[str, Any] = field(default_factory=dict)
+    stacks: dict[str, nn.Parameter] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -55,10 +60,11 @@ def select_layers(
         skip: layers to leave alone: full names, last components (``"k_proj"``), containers (``"model.layers.0"``,
             ``"mlp"``), or patterns (``"*.layers.[0-3].*"``).
         watch: run a short input through the model to see whose weights are read; without it only rules decide.
-        experts: whether weights held as stacks of matrices may be left in silence.
+        experts: whether stacks of matrices that nobody can quantize may be left in silence.
 
     Raises:
-        ValueError: a pattern of `skip` matches nothing, or most weights are experts held as one parameter.
+        ValueError: a pattern of `skip` matches nothing, weights are stacks of matrices of an unknown kind, or the model
+            computes something else once its layers are exchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     modules = dict(model.named_modules())
@@ -73,12 +79,15 @@ def select_layers(
             selection.left[name] = reason
         else:
             selection.layers[name] = module
-    if watch:
-        for name in _read_by_others(model, selection.layers):
-            del selection.layers[name]
-            selection.left[name] = "other code reads its weight"
+    for name, stack in expert_stacks(model).items():
+        if reason := _skipped(name, patterns) or rules.kept_reason(name):
+            selection.left[name] = reason
+        else:
+            selection.stacks[name] = stack
     if not experts:
-        selection.left.update(_experts(model, patterns))
+        selection.left.update(_other_stacks(model, patterns))
+    if watch:
+        _try_out(model, selection)
     return selection
 
 
@@ -86,6 +95,11 @@ def unquantized_layers(model: nn.Module) -> list[str]:
     """Full names of all linear layers that hold ordinary weights."""
     kinds = (nn.Linear, *_transposed_kinds())
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def unquantized_weights(model: nn.Module) -> list[str]:
+    """The same, and the names of stacks of experts that hold ordinary weights."""
+    return [*unquantized_layers(model), *expert_stacks(model)]
 
 
 def recorded(names: Iterable[str], left: Iterable[str]) -> set[str]:
@@ -146,9 +160,10 @@ class _Rules:
             return "an adapter"
         if self.inside is not None and id(module) not in self.inside:
             return "a task's head"
-        if any(_matches(name, part) for part in self.kept):
-            return "the model keeps it in float32"
-        return ""
+        return self.kept_reason(name)
+
+    def kept_reason(self, name: str) -> str:
+        return "the model keeps it in float32" if any(_matches(name, part) for part in self.kept) else ""
 
 
 def _skipped(name: str, patterns: list[str]) -> str:
@@ -170,47 +185,117 @@ def _check_patterns(patterns: list[str], names: list[str]) -> None:
         raise ValueError(f"skip names no module of the model: {', '.join(unknown)}")
 
 
-def _experts(model: nn.Module, patterns: list[str]) -> dict[str, str]:
-    """Stacks of expert matrices in one parameter: left only where the caller says so.
+def _other_stacks(model: nn.Module, patterns: list[str]) -> dict[str, str]:
+    """Stacks of matrices in one parameter that are no known kind of experts: left only where the caller says so.
 
     Raises ValueError: he does not.
     """
-    stacks = {
-        f"{name}.{own}" if name else own: parameter
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for own, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
-    }
+    known = expert_stacks(model)
+    stacks = {name: parameter for name, parameter in _stacks(model).items() if name not in known}
     unnamed = [name for name in stacks if not _skipped(name, patterns)]
     if unnamed:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        share = sum(stacks[name].numel() for name in unnamed) / max(1, total)
+        share = stacked_share(model, unnamed)
         raise ValueError(
-            f"{type(model).__name__} holds {share:.0%} of its weights in stacks of matrices (experts: {unnamed[0]} and "
+            f"{type(model).__name__} holds {share:.0%} of its weights in stacks of matrices ({unnamed[0]} and "
             f"{len(unnamed) - 1} more), not in linear layers; they are not quantized here. To quantize the rest and leave "
             f"them as they are, pass skip=[{unnamed[0].rsplit('.', 1)[-1]!r}, …] or the name of what holds them"
         )
     return dict.fromkeys(stacks, "skip")
 
 
+def stacked_share(model: nn.Module, names: Iterable[str]) -> float:
+    """Which part of a model's weights these parameters are."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return sum(model.get_parameter(name).numel() for name in names) / max(1, total)
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{own}" if name else own: parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
+    }
+
+
 # ---------------------------------------------------------------------------------------------- watching
 
 
-def _read_by_others(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    """Names of layers whose weight somebody else asks for while a short input runs through the model.
+def _try_out(model: nn.Module, selection: Selection) -> None:
+    """Run a short input through the model twice: once to see whose weights are read, and leave those layers alone; then
+    with stand-ins that look like quantized layers and compute exactly, so that any difference is somebody's mistake.
 
     T5 asks for the dtype of a layer's weight, MultiheadAttention passes it to a function of its own: a quantized layer
-    answers with packed codes. Empty where the model takes no token ids, or does not run on them.
+    answers with packed codes. Nothing is learned where the model takes no token ids, or does not run on them.
+
+    Raises ValueError: the model computes something else with the stand-ins, so it would with quantized layers.
     """
     inputs = _short_input(model)
-    if inputs is None or not layers:
-        return []
-    names = {id(layer): name for name, layer in layers.items()}
+    # accelerate's hooks run a layer's own forward elsewhere: it would be seen as a reader of its own weight
+    layers = {name: layer for name, layer in selection.layers.items() if "forward" not in vars(layer)}
+    if inputs is None or not (layers or selection.stacks):
+        return
     asked: set[int] = set()
-    with _watched(layers.values(), asked), torch.no_grad(), contextlib.suppress(Exception):
-        model(**inputs)
-    return [name for key, name in names.items() if key in asked]
+    with _still(model), _one_by_one(model, selection.stacks):
+        try:
+            with _watched(layers.values(), asked):
+                expected = _tensors(model(**inputs))
+        except Exception:
+            expected = []
+        for name, layer in layers.items():
+            if id(layer) in asked:
+                del selection.layers[name]
+                selection.left[name] = "other code reads its weight"
+        chosen = [layer for layer in layers.values() if id(layer) not in asked]
+        if not expected or expected[0].is_meta:
+            return
+        try:
+            with _stand_ins(chosen), _stand_in_stacks(model, selection.stacks):
+                found = _tensors(model(**inputs))
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not run once its linear layers are exchanged ({type(error).__name__}: "
+                f"{str(error)[:200]}): other code depends on them. Name the layers to leave alone in skip"
+            ) from error
+    difference = max((_distance(a, b) for a, b in zip(found, expected)), default=0.0)
+    if difference > PROBE_TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} computes something else once its linear layers are exchanged for others of equal results "
+            f"(relative error {difference:.2g}): other code depends on them. Name the layers to leave alone in skip"
+        )
+
+
+PROBE_TOLERANCE = 1e-2  # the products are the same ones; a layer that falls out changes everything
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error; infinite where shapes differ or new NaN values appear."""
+    if found.shape != expected.shape:
+        return float("inf")
+    finite = torch.isfinite(expected)
+    a, b = found[finite].float(), expected[finite].float()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).nan_to_num(float("inf")).item()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returns, outermost only."""
+    values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Without gradients, dropout or a trace: modes and the random generator are afterwards as before."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _short_input(model: nn.Module) -> dict[str, Tensor] | None:
@@ -255,3 +340,75 @@ def _watched(layers: Iterable[Any], asked: set[int]) -> Iterator[None]:
     finally:
         for layer, usual in changed:
             layer.__class__ = usual
+
+
+@contextlib.contextmanager
+def _stand_ins(layers: Iterable[Any]) -> Iterator[None]:
+    """Let layers look as quantized ones do (packed codes for a weight, no `nn.Linear`) and compute as always."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return linear(x, *self._true)
+
+    kinds: dict[type, type] = {}
+    changed = []
+    try:
+        for layer in layers:
+            usual, weight = type(layer), layer._parameters["weight"]
+            codes = torch.zeros((), dtype=torch.uint8, device=weight.device).expand(weight.shape)
+            if usual not in kinds:
+                kinds[usual] = type("StandIn", (nn.Module,), {"forward": forward})
+            changed.append((layer, usual, weight))
+            layer.__dict__["_true"] = (matrix_of(layer), layer.bias)
+            layer._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+            layer.__class__ = kinds[usual]
+        yield
+    finally:
+        for layer, usual, weight in changed:
+            layer.__class__ = usual
+            layer._parameters["weight"] = weight
+            layer.__dict__.pop("_true", None)
+
+
+@contextlib.contextmanager
+def _one_by_one(model: nn.Module, stacks: Iterable[str]) -> Iterator[None]:
+    """Let the owners of stacks use their plain loop, as they will: other loops round otherwise."""
+    owners = [model.get_submodule(name) for name in dict.fromkeys(name.rpartition(".")[0] for name in stacks)]
+    owners = [owner for owner in owners if "forward" not in vars(owner)]
+    try:
+        for owner in owners:
+            one_by_one(owner)
+        yield
+    finally:
+        for owner in owners:
+            vars(owner).pop("forward", None)
+
+
+class _TrueMatrices(Matrices):
+    """A stack as a quantized one looks, with the true matrices."""
+
+    def __init__(self, stack: Tensor):
+        super().__init__()
+        self.shape = tuple(stack.shape)  # type: ignore[assignment]
+        vars(self)["stack"] = stack
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return vars(self)["stack"][index]
+
+
+@contextlib.contextmanager
+def _stand_in_stacks(model: nn.Module, stacks: dict[str, nn.Parameter]) -> Iterator[None]:
+    """The same for stacks of experts."""
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in stacks]
+    orders = [(module, list(module._parameters)) for module in {id(m): m for m, _, _ in places}.values()]
+    try:
+        for module, own, name in places:
+            del module._parameters[own]
+            module._modules[own] = _TrueMatrices(stacks[name])
+        yield
+    finally:
+        for module, own, name in places:
+            module._modules.pop(own, None)
+            module._parameters[own] = stacks[name]
+        for module, order in orders:  # the order of parameters is part of a model
+            for own in order:
+                module._parameters[own] = module._parameters.pop(own)

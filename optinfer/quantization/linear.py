@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,10 @@ class QuantizedLinear(nn.Module):
                 tensors[tensor_name(name)] = parameter.data
         return self.scheme.assemble(tensors, (self.out_features, self.in_features), self.dtype)
 
+    def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor."""
+        return self.scheme.stored((self.out_features, self.in_features), self.dtype)
+
     def dequantize(self) -> nn.Linear:
         """An ordinary linear layer with the restored weight."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -121,14 +126,9 @@ class QuantizedLinear(nn.Module):
     # ---- leaving and coming back
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move to another device; scales keep their dtype, whatever `model.half()` and the like ask for."""
-        before = {n: p.data for n, p in self._parameters.items() if p is not None and n.startswith("weight")}
-        super()._apply(fn, recurse)
+        apply_keeping_dtypes(self, super()._apply, fn, recurse)
         self._kernel_weight, self._kernel_tried = None, False
         self.__dict__.pop("_remembered", None)  # it would keep the old tensors
-        for name, old in before.items():
-            new = self._parameters[name]
-            if new.dtype != old.dtype:
-                new.data = old.to(new.device)
         return self
 
     def extra_repr(self) -> str:
@@ -136,6 +136,16 @@ class QuantizedLinear(nn.Module):
         block = f", block_size={scheme.block_size}" if scheme.block_size else ""
         double = ", double_quant" if scheme.double_quant else ""
         return f"{self.in_features} -> {self.out_features}, {scheme.name}{block}{double}, bias={self.bias is not None}"
+
+
+def apply_keeping_dtypes(module: nn.Module, apply: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    """`nn.Module._apply` after which stored tensors have the dtype they had."""
+    before = {n: p.data for n, p in module._parameters.items() if p is not None and n.startswith("weight")}
+    apply(fn, recurse)
+    for name, old in before.items():
+        new: Any = module._parameters[name]
+        if new.dtype != old.dtype:
+            new.data = old.to(new.device)
 
 
 def parameter_name(tensor: str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.layers import Selection, linear_layers, matrix_of, select_layers, unquantized_layers
+from optinfer.quantization.experts import quantize_experts
+from optinfer.quantization.layers import Selection, linear_layers, matrix_of, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
@@ -27,7 +28,7 @@ def quantize(
     skip: str | Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
-    """Replace the weights of a model's linear layers by quantized ones, one layer at a time, in place.
+    """Replace the weights of a model's linear layers and experts by quantized ones, one layer at a time, in place.
 
     Embeddings, norms, heads, and layers that cannot be replaced unnoticed keep their dtype (see `select_layers`);
     which, and why, is in the printed summary and in ``Selection.left``.
@@ -48,7 +49,8 @@ def quantize(
 
     Raises:
         ValueError: unknown scheme or option; no linear layers; quantized before; NaN, Inf or an empty weight; a pattern of
-            `skip` that matches nothing; weights that are not in this process's memory; experts held as one parameter.
+            `skip` that matches nothing; weights that are not in this process's memory; stacks of matrices of an unknown kind; a
+            model that computes something else once its layers are exchanged.
         TypeError: `model` is no module; a weight of another dtype. In all cases nothing has changed.
     """
     resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
@@ -56,22 +58,32 @@ def quantize(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     refuse_quantized(model)
     selection = select_layers(model, skip)
-    layers = selection.layers
-    if not layers:
+    layers, stacks = selection.layers, selection.stacks
+    if not layers and not stacks:
         raise ValueError(f"{type(model).__name__} has no linear layers to quantize; {_why_none(model, selection)}")
     for name, layer in layers.items():
         check_present(name, layer)
         check_weight(layer.weight, f"{name}.weight")
+    for name, stack in stacks.items():
+        check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
+        check_weight(stack, name, ndim=3)
     total = sum(parameter.numel() for parameter in model.parameters())
-    share = sum(layer.weight.numel() for layer in layers.values()) / total
-    num_layers = len(layers)
+    weights = [*(layer.weight for layer in layers.values()), *stacks.values()]
+    what = (
+        f"{len(layers)} linear layers{_experts(stacks)}, {sum(w.numel() for w in weights) / total:.0%} of the weights"
+    )
+    del weights
 
-    for name in tqdm(list(layers), desc=f"quantize to {scheme}", leave=False, disable=not progress):
-        layer = layers.pop(name)
-        replace_module(model, layer, quantized_layer(layer, resolved))
+    for name in tqdm([*layers, *stacks], desc=f"quantize to {scheme}", leave=False, disable=not progress):
+        if name in stacks:
+            del stacks[name]
+            quantize_experts(model, name, resolved)
+        else:
+            layer = layers.pop(name)
+            replace_module(model, layer, quantized_layer(layer, resolved))
     mark_quantized(model, resolved)
     if progress:
-        print(f"{scheme}: {num_layers} linear layers, {share:.0%} of the weights{_left(selection)}")
+        print(f"{scheme}: {what}{_left(selection)}")
     return model
 
 
@@ -81,9 +93,9 @@ def quantized_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLinear:
     return QuantizedLinear.from_quantized(scheme.quantize(matrix_of(layer)), bias, scheme.threshold)
 
 
-def check_present(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if a layer's weight is not in memory."""
-    if not layer.weight.is_meta:  # type: ignore[union-attr]
+def check_present(name: str, layer: nn.Module, weight: Tensor | None = None) -> None:
+    """Raise ValueError if a layer's weight (its `weight`, by default) is not in memory."""
+    if not (layer.weight if weight is None else weight).is_meta:
         return
     if hasattr(layer, "_hf_hook"):
         raise ValueError(
@@ -97,6 +109,10 @@ def _why_none(model: nn.Module, selection: Selection) -> str:
     if selection.left:
         return "left alone: " + ", ".join(f"{name} ({why})" for name, why in list(selection.left.items())[:5])
     return f"it consists of {', '.join(sorted({type(m).__name__ for m in model.modules() if not list(m.children())}))}"
+
+
+def _experts(stacks: dict[str, nn.Parameter]) -> str:
+    return f" and {sum(len(stack) for stack in stacks.values())} matrices of experts" if stacks else ""
 
 
 def _left(selection: Selection) -> str:
@@ -141,7 +157,7 @@ def mark_quantized(model: Any, scheme: Scheme) -> None:
     model = cast(Any, model)
     from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer, save_under_own_names
 
-    config = OptinferConfig.from_scheme(scheme, unquantized_layers(model))
+    config = OptinferConfig.from_scheme(scheme, unquantized_weights(model))
     model.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.is_quantized = True

@@ -22,6 +22,18 @@ KINDS = {
 }
 
 
+# What a few families need to be built this small.
+CHANGES = {
+    "GPTJConfig": {"rotary_dim": 16},
+    "CodeGenConfig": {"rotary_dim": 16},
+    "Mamba2Config": {"head_dim": 32, "n_groups": 1},
+    "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 32},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Gemma4Config": {"per_layer_config": {}},
+    "Gemma4TextConfig": {"per_layer_config": {}},
+}
+
+
 def families(kind):
     import transformers
 
@@ -37,10 +49,11 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     import transformers
 
     from optinfer.quantization import QuantizedLinear, quantize
+    from optinfer.quantization.experts import QuantizedExperts, quantized_experts
 
     auto = getattr(transformers, KINDS[kind])
     try:
-        model = tiny_model(config_class, auto=auto)
+        model = tiny_model(config_class, auto=auto, **_changes(config_class))
         inputs = _inputs(model)
         before = _logits(model, inputs)
         if _distance(_logits(_reloaded(model, auto), inputs), before) > 1e-5:
@@ -58,6 +71,8 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     for name, layer in layers.items():
         own, restored = model.get_submodule(name), layer.quantized.dequantize()
         own.weight.data = restored if isinstance(own, nn.Linear) else restored.T.contiguous()
+    for name, experts in quantized_experts(quantized):
+        model.get_parameter(name).data = experts.dequantize()
     if break_layer:
         next(iter(layers.values())).weight.data.neg_()
     after = _logits(quantized, inputs)
@@ -67,7 +82,11 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
         )
     again = _reloaded(quantized, auto)
     kinds = [
-        {n: type(m).__name__ for n, m in x.named_modules() if isinstance(m, (nn.Linear, QuantizedLinear))}
+        {
+            n: type(m).__name__
+            for n, m in x.named_modules()
+            if isinstance(m, (nn.Linear, QuantizedLinear, QuantizedExperts))
+        }
         for x in (quantized, again)
     ]
     if kinds[0] != kinds[1]:
@@ -75,6 +94,19 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     if (error := _distance(_logits(again, inputs), after)) > 1e-5:
         return Outcome("wrong", f"{error:.2g} from before saving")
     return Outcome("served", f"{len(layers)} layers")
+
+
+def _changes(config_class):
+    """Lists with an entry for each layer, cut to the four layers of a tiny model: one of every value."""
+    text = config_class().get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
+    lists = {
+        name: (list(dict.fromkeys(value)) * 4)[:4]
+        for name, value in vars(text).items()
+        if name != "layer_types" and isinstance(value, (list, tuple)) and len(value) == count
+        if all(isinstance(one, (str, int, float)) for one in value)
+    }
+    return {**lists, **CHANGES.get(config_class.__name__, {})}
 
 
 def _reloaded(model, auto):
@@ -110,7 +142,8 @@ def page(outcomes):
         "",
         f"Every family of transformers {transformers.__version__} was built as a tiny random model, quantized to int8,",
         "compared with its own restored weights in ordinary layers, saved in our format, reloaded and compared again. *Right*:",
-        "they agree to rounding. *Refused*: `quantize` says why, and the model is unchanged.",
+        "they agree to rounding. *Refused*: `quantize` says why, and the model is unchanged. Experts are counted with their",
+        "layers: each matrix of a stack is quantized.",
         "",
     ]
     for kind, found in outcomes.items():

@@ -85,6 +85,47 @@ def test_without_watching_it_would_be_garbage():
     assert "read" in select_layers(model, watch=False).layers
 
 
+class Secret(Reader):
+    """Reads a weight, or asks for a layer's kind, where watching does not see it."""
+
+    how = "parameters"
+
+    def forward(self, input_ids, **_):
+        x = self.embed(input_ids)
+        if self.how == "parameters":
+            return self.cast(torch.nn.functional.linear(x, *self.plain.parameters()))
+        if self.how == "dtype":
+            return self.plain(x * (next(self.plain.parameters()).dtype == torch.float32))
+        return self.plain(x) if isinstance(self.plain, nn.Linear) else x
+
+
+@pytest.mark.parametrize("how", ["parameters", "dtype", "kind"])
+def test_a_model_that_would_compute_garbage_is_refused_and_unchanged(how):
+    torch.manual_seed(0)
+    model = Secret(transformers.LlamaConfig(**TINY)).train()
+    model.how = how
+    before, state = model(IDS), copy.deepcopy(model.state_dict())
+    draws, kinds_before = torch.get_rng_state(), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="once its linear layers are exchanged"):
+        quantize(model, "int8", progress=False)
+    assert torch.equal(draws, torch.get_rng_state()) and all(m.training for m in model.modules())
+    assert [type(m) for m in model.modules()] == kinds_before
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(IDS), before)
+    quantize(model, "int8", skip="plain", progress=False)  # what the message advises
+    assert torch.allclose(model(IDS), before, atol=0.1 * before.abs().max().item())
+
+
+def test_dropout_and_hooked_layers_do_not_disturb_the_trial():
+    model = build("LlamaConfig", attention_dropout=0.5).train()
+    layer = model.model.layers[0].mlp.up_proj
+    usual = layer.forward
+    layer.forward = lambda x: usual(x)  # as accelerate hooks a layer
+    selection = select_layers(model)
+    assert len(selection.layers) == 14 and "model.layers.0.mlp.up_proj" in selection.layers
+
+
 def test_what_the_model_keeps_in_float32():
     model = build(
         "T5Config", transformers.AutoModelForSeq2SeqLM, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4
@@ -200,20 +241,26 @@ def test_recorded_names_are_found_with_and_without_a_prefix(names, left):
 # ---------------------------------------------------------------------------------------------- experts, offloading, export
 
 
-def test_experts_in_stacks_are_refused_with_their_share_or_skipped_by_name():
-    model = build("MixtralConfig", num_local_experts=4)
+def test_stacks_of_an_unknown_kind_are_refused_with_their_share_or_skipped_by_name():
+    class Mixture(Reader):
+        def __init__(self, config):
+            super().__init__(config)
+            self.experts = nn.Module()
+            self.experts.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64))
+
+    model = Mixture(transformers.LlamaConfig(**TINY))
     before = copy.deepcopy(model.state_dict())
-    share = sum(p.numel() for n, p in model.named_parameters() if "experts" in n) / sum(
+    share = sum(p.numel() for n, p in model.named_parameters() if "experts." in n) / sum(
         p.numel() for p in model.parameters()
     )
     for call in (lambda: quantize(model, "int8", progress=False), lambda: memory_footprint(model, "int8")):
         with pytest.raises(ValueError, match=f"holds {share:.0%} of its weights in stacks.*gate_up_proj"):
             call()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    expected = model(IDS).logits
+    expected = model(IDS)
     quantize(model, "int8", skip=["experts"], progress=False)
     assert QuantizedLinear in kinds(model).values()
-    assert (model(IDS).logits - expected).norm() < 0.1 * expected.norm()
+    assert (model(IDS) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_offloaded_layers_are_named(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
+from optinfer.quantization.experts import refuse_experts
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import replace_module
@@ -49,6 +50,7 @@ def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
     """The same into a folder that exists."""
     from huggingface_hub import save_torch_state_dict
 
+    refuse_experts(model, "bitsandbytes")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     schemes = {layer.scheme.name for layer in layers.values()}
     if len(schemes) != 1 or not schemes <= {*CODEBOOKS, "llm_int8"}:

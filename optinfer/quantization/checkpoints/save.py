@@ -34,6 +34,7 @@ from optinfer.folders import new_folder
 from optinfer.quantization.checkpoints.bitsandbytes import write_bitsandbytes
 from optinfer.quantization.checkpoints.small_floats import convert_blocks
 from optinfer.quantization.checks import CheckpointError
+from optinfer.quantization.experts import refuse_experts
 from optinfer.quantization.formats.small_floats import BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import unquantized_layers
@@ -148,6 +149,7 @@ def save_checkpoint(
     layers = {name: m.quantized for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
+    refuse_experts(model, format)
     _check_readers_layers(model, layers, format)
     if format == "bitsandbytes":
         with new_folder(target) as folder:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.layers import select_layers
+from optinfer.quantization.layers import select_layers, stacked_share
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized, replace_module
 from optinfer.quantization.schemes import Scheme
@@ -329,9 +329,15 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
 def decoder_linears(model: Any) -> dict[str, dict[str, nn.Linear]]:
     """For each of the decoder's layers the linear layers to quantize, by their names within it.
 
-    Raises ValueError: see `select_layers`.
+    Raises ValueError: experts in stacks, whose inputs cannot be told apart here, or see `select_layers`.
     """
-    chosen = {name: layer for name, layer in select_layers(model).layers.items() if isinstance(layer, nn.Linear)}
+    selection = select_layers(model)
+    if stacks := list(selection.stacks):
+        raise ValueError(
+            f"{type(model).__name__} holds {stacked_share(model, stacks):.0%} of its weights in stacks of experts "
+            f"({stacks[0]} and {len(stacks) - 1} more), which calibration does not reach; `quantize` rounds them to nearest"
+        )
+    chosen = {name: layer for name, layer in selection.layers.items() if isinstance(layer, nn.Linear)}
     return {
         prefix: {name[len(prefix) + 1 :]: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.")}
         for prefix in decoder_layers(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from optinfer.quantization.experts import restore_experts
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.awq import awq
 from optinfer.quantization.methods.gptq import gptq
@@ -47,6 +48,7 @@ def dequantize(model: Any) -> Any:
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
             replace_module(model, module, module.dequantize())
+    restore_experts(model)
     if getattr(model, "is_quantized", False):  # transformers' marks, which forbid `model.float()`
         model.is_quantized = False
         del model.hf_quantizer, model.quantization_method, model.config.quantization_config
