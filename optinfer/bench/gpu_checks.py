@@ -83,7 +83,7 @@ def _paged(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    from optinfer.quantization import quantized_matmul
+    from optinfer.quantization.formats.products import quantized_matmul
     from optinfer.quantization.schemes import resolve_scheme
 
     rows = []
