@@ -8,7 +8,7 @@ hand its statistics to whoever quantizes it, run it again as quantized to get th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -363,7 +363,7 @@ def check_groups(model: Any, bits: int, group_size: int) -> None:
             )
 
 
-def install(model: Any, quantized: dict[str, QuantizedTensor], threshold: float = 6.0) -> Any:
+def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
     """Exchange linear layers for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
     for name, q in quantized.items():
         linear = model.get_submodule(name)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.formats.grid import BITS, grid, quantize_linear, resolve_group_size
+from optinfer.quantization.formats.grid import BITS, GridTensor, grid, quantize_linear, resolve_group_size
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import Calibration, calibrate, check_groups, install
 
@@ -69,7 +69,7 @@ def gptq_quantize(
         damp: this share of the Hessian's mean diagonal is added to its diagonal.
         act_order: visit the columns with the largest inputs first, while most others can still make up for them. Groups
             stay consecutive columns, so the stored format does not change and no kernel has to gather.
-        symmetric: see `rtn.grid`.
+        symmetric: see `grid.grid`.
 
     Returns:
         A QuantizedTensor of scheme ``int{bits}`` with the scales and zero points of `quantize_linear`. In no row is
@@ -127,7 +127,7 @@ def gptq_quantize(
 
     def finish(codes: Tensor) -> QuantizedTensor:
         zeros = None if symmetric else zero.T.contiguous().to(torch.uint8)
-        return QuantizedTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
+        return GridTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
 
     compensated, plain = finish(codes.T.contiguous()), quantize_linear(weight, bits, group, symmetric)
     worse = row_errors(weight, compensated, hessian) > row_errors(weight, plain, hessian)
