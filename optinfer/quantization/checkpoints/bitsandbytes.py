@@ -55,7 +55,8 @@ def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
     refuse_experts(model, "bitsandbytes")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     schemes = {layer.scheme.name for layer in layers.values()}
-    if len(schemes) != 1 or not schemes <= {*CODEBOOKS, "llm_int8"}:
+    writable = all(issubclass(layer.scheme.format, (CodebookTensor, Int8Rows)) for layer in layers.values())
+    if len(schemes) != 1 or not writable:
         found = ", ".join(sorted(schemes)) or "none"
         raise ValueError(f"bitsandbytes has nf4, fp4 and llm_int8; the model's quantized layers: {found}")
 
@@ -105,7 +106,7 @@ def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def bitsandbytes_config(scheme: Scheme, left_alone: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json."""
-    four = scheme.name in CODEBOOKS
+    four = issubclass(scheme.format, CodebookTensor)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four,

@@ -16,7 +16,7 @@ from optinfer_kernels.quantized_arguments import INT4, QuantizedWeight
 if TYPE_CHECKING:
     from optinfer.quantization.schemes import Scheme
 
-__all__ = ["GridTensor", "grid", "quantize_linear", "resolve_group_size", "round_linear"]
+__all__ = ["GridTensor", "quantize_linear", "resolve_group_size", "round_linear", "scale_and_zero"]
 
 BITS = (2, 3, 4, 8)
 
@@ -161,7 +161,7 @@ def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
     return min(group_size, shape[1])
 
 
-def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers ``low … high``.
 
     Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid
@@ -205,7 +205,7 @@ def quantize_linear(
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; ``"channel"``: one scale a row; ``"tensor"``: one in all.
             The last group of a row is shorter where `in` is no multiple of it.
-        symmetric: see `grid`.
+        symmetric: see `scale_and_zero`.
 
     Returns:
         A QuantizedTensor of scheme ``int{bits}``; scales in the weight's dtype.
@@ -246,7 +246,7 @@ def nearest_codes(
         padded = torch.nn.functional.pad(w, (0, -w.shape[1] % columns))  # zeros: inside every grid anyway
         groups = padded.unflatten(1, (-1, columns))
     low, high = groups.amin(-1), groups.amax(-1)  # on a CPU nine times faster than aminmax
-    scale, zero = grid(low, high, bits, symmetric, weight.dtype)
+    scale, zero = scale_and_zero(low, high, bits, symmetric, weight.dtype)
     step = torch.where(scale == 0, 1, scale).float()
     codes = (groups / step[..., None]).round_().add_(zero[..., None])
     return codes.clamp_(1 if symmetric else 0, (1 << bits) - 1), scale, zero
