@@ -119,8 +119,8 @@ class QuantizedLinear(nn.Module):
         if not x.is_cuda or not kernel_pays(x):
             return None
         if not self._kernel_tried:
-            self._kernel_tried = True
             self._kernel_weight = as_kernel_weight(self.quantized)
+            self._kernel_tried = True  # last: another thread may look
         return self._kernel_weight
 
     # ---- leaving and coming back

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optinfer.quantization.checks import check_choice
 from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
-from optinfer.quantization.formats.llm_int8 import int8_matmul
+from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["dequantized_matmul", "quantized_matmul"]
@@ -36,7 +36,7 @@ def quantized_matmul(
         TritonMissing: backend "triton" without Triton.
     """
     check_choice(backend, BACKENDS, "backend")
-    if q.scheme == "llm_int8":
+    if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":
         weight = as_kernel_weight(q)
