@@ -47,10 +47,10 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]
     ):
         q = torch.randn(2, heads, queries, dim, device=device).to(dtype)
         k, v = (torch.randn(2, heads // 2, keys, dim, device=device).to(dtype) for _ in range(2))
-        expected = attention_reference(q.double(), k.double(), v.double(), causal)
+        expected: Any = attention_reference(q.double(), k.double(), v.double(), causal)
         for backend in ("triton", "triton_tma", "triton_ws"):
             try:
-                found = flash_attention(q, k, v, causal, backend=backend)
+                found: Any = flash_attention(q, k, v, causal, backend=backend)
             except (UnsupportedBackend, ValueError):  # not for this GPU or this shape: refused, not wrong
                 continue
             case = f"{dtype} {queries}x{keys}, {dim} wide{', causal' if causal else ''}"
