@@ -67,3 +67,25 @@ def test_kernels_know_nothing_of_the_package() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         ours = [m for m in imported_modules(path) if m == "optinfer" or m.startswith("optinfer.")]
         assert not ours, f"{path.relative_to(ROOT)} imports {ours}"
+
+
+def test_quantization_waits_with_transformers() -> None:
+    loaded = run_python("import sys, optinfer.quantization; print(*sys.modules)").split()
+    assert "torch" in loaded and "transformers" not in loaded
+
+
+def test_only_formats_ask_for_a_format_by_name() -> None:
+    """Elsewhere in the package a comparison with a scheme's name would be a branch that its class should hold."""
+    from optinfer.quantization import SCHEMES
+
+    def compared(path: Path) -> set[str]:
+        """String constants that a comparison is made with."""
+        comparisons = [
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Compare)
+        ]
+        nodes = [inner for comparison in comparisons for inner in ast.walk(comparison)]
+        return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+    room = ROOT / "optinfer" / "quantization"
+    found = {path: compared(path) & set(SCHEMES) for path in room.rglob("*.py") if path.parent.name != "formats"}
+    assert {str(path.relative_to(room)): names for path, names in found.items() if names} == {}

@@ -21,6 +21,7 @@ from optinfer import hardware
 from optinfer.bench import random_model
 from optinfer.bench.timing import copies_past_the_cache, in_turns, one_after_another
 from optinfer.quantization.formats.gpu import as_kernel_weight
+from optinfer.quantization.formats.grid import quantize_linear
 from optinfer.quantization.formats.products import dequantized_matmul
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import resolve_scheme
@@ -171,7 +172,7 @@ def _readable(weight: Tensor) -> Prepared:
 
 def _tinygemm(weight: Tensor) -> Prepared:
     """torch's own int4 product (the one behind torchao): affine, groups of 64, offsets in bfloat16."""
-    q = resolve_scheme("int4", block_size=64, symmetric=False).quantize(weight)
+    q = quantize_linear(weight, 4, 64, symmetric=False)
     codes = q.codes().to(torch.uint8)
     scale = q.scale.float()
     zero = (8.0 - q.zero_points().float()) * scale
@@ -194,7 +195,7 @@ def _torchao(weight: Tensor) -> Prepared:
 def _gemlite(weight: Tensor) -> Prepared:
     from gemlite import DType, GemLiteLinear
 
-    q = resolve_scheme("int4", block_size=64, symmetric=False).quantize(weight)
+    q = quantize_linear(weight, 4, 64, symmetric=False)
     kind = DType.BF16 if weight.dtype == torch.bfloat16 else DType.FP16
     layer = GemLiteLinear(4, 64, weight.shape[1], weight.shape[0], input_dtype=kind, output_dtype=kind)
     layer.pack(q.codes(), q.scale.reshape(-1, 1), q.zero_points().to(q.scale.dtype).reshape(-1, 1))

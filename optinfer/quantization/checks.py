@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,16 @@ def check_choice(value: object, allowed: tuple, name: str) -> None:
     """Raise ValueError naming `name`, the value and the values allowed."""
     if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def refuse_options(scheme: Any, options: dict[str, Any], *taken: str) -> None:
+    """Raise ValueError for an option of `quantize` that the scheme's format does not take."""
+    if options["double_quant"] and "double_quant" not in taken:
+        raise ValueError(f"double_quant goes with nf4 and fp4, not with scheme={scheme.name!r}")
+    if not options["symmetric"] and "symmetric" not in taken:
+        raise ValueError(f"symmetric=False goes with int2, int3, int4 and int8, not with scheme={scheme.name!r}")
+    if options["threshold"] < 0:
+        raise ValueError(f"threshold must be 0 or more, got {options['threshold']!r}")
 
 
 def check_block_size(block_size: int) -> None:

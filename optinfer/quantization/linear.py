@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.cpu import CpuWeight, remembered
-from optinfer.cpu import linear as cpu_linear
-from optinfer.quantization.formats.cpu import as_cpu_weight, cpu_pays
-from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
-from optinfer.quantization.formats.products import quantized_matmul
+from optinfer.quantization.formats.cpu import as_cpu_weight
+from optinfer.quantization.formats.gpu import as_kernel_weight
+from optinfer.quantization.formats.products import layer_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.schemes import Scheme
 from optinfer_kernels.quantized_arguments import QuantizedWeight
@@ -99,11 +98,7 @@ class QuantizedLinear(nn.Module):
 
     # ---- the product
     def forward(self, x: Tensor) -> Tensor:
-        if (kernel_weight := self._gpu_weight(x)) is not None:
-            return kernel_matmul(x, kernel_weight, self.bias)
-        if cpu_pays(x) and (weight := self.cpu_weight()) is not None:
-            return cpu_linear(x, weight)
-        return quantized_matmul(x, self.quantized, self.bias, self.scheme.threshold)
+        return layer_matmul(x, self)
 
     def cpu_weight(self) -> CpuWeight | None:
         """The layer as the C++ kernels read it, made anew when a tensor has moved. None: they cannot, or the layer is of a
@@ -114,13 +109,11 @@ class QuantizedLinear(nn.Module):
         tensors = [parameter for parameter in self._parameters.values() if parameter is not None]
         return remembered(self, *tensors, make=lambda *_: as_cpu_weight(self.quantized, self.bias))
 
-    def _gpu_weight(self, x: Tensor) -> QuantizedWeight | None:
-        """The fused kernel's view of the weight, if `x` is for it; made on first use."""
-        if not x.is_cuda or not kernel_pays(x):
-            return None
+    def gpu_weight(self) -> QuantizedWeight | None:
+        """The layer as the fused Triton kernel reads it, made on first use; None for layouts that it does not read."""
         if not self._kernel_tried:
-            self._kernel_tried = True
             self._kernel_weight = as_kernel_weight(self.quantized)
+            self._kernel_tried = True  # last: another thread may look
         return self._kernel_weight
 
     # ---- leaving and coming back

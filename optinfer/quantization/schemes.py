@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optinfer.quantization.checks import check_block_size, check_choice
-from optinfer.quantization.formats.codebook import quantize_4bit
-from optinfer.quantization.formats.grid import quantize_linear, resolve_group_size
-from optinfer.quantization.formats.llm_int8 import quantize_int8
-from optinfer.quantization.formats.small_floats import (
-    BLOCK_FORMATS,
-    BlockFloats,
-    check_block,
-    quantize_blocks,
-    stored_blocks,
-)
-from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, packed_width
+from optinfer.quantization.checks import check_choice
+from optinfer.quantization.formats.codebook import CodebookTensor
+from optinfer.quantization.formats.grid import BITS, GridTensor
+from optinfer.quantization.formats.llm_int8 import Int8Rows
+from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, BlockFloats
+from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
 from optinfer.quantization.number_formats import CODEBOOKS
 
 __all__ = ["SCHEMES", "Scheme", "resolve_scheme"]
@@ -47,53 +41,21 @@ class Scheme:
     act_order: bool = False
 
     @property
+    def format(self) -> type[QuantizedTensor]:
+        """The class of this scheme's tensors: how they are made, stored, restored and multiplied."""
+        return _FORMATS[self.name][0]
+
+    @property
     def bits(self) -> int:
-        if self.name in BLOCK_FORMATS:
-            return BLOCK_FORMATS[self.name].bits
-        return 4 if self.name in CODEBOOKS else 8 if self.name == "llm_int8" else int(self.name[3:])
+        return _FORMATS[self.name][1]
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Quantize one weight ``[out, in]``."""
-        if self.name in BLOCK_FORMATS:
-            return quantize_blocks(
-                weight, self.name, {0: "channel", -1: "tensor"}.get(self.block_size, self.block_size)
-            )
-        if self.name in CODEBOOKS:
-            return quantize_4bit(weight, self.name, self.block_size, self.double_quant)
-        if self.name == "llm_int8":
-            return quantize_int8(weight)
-        return quantize_linear(weight, self.bits, self.block_size or "channel", self.symmetric)
+        return self.format.make(weight, self)
 
-    def stored(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def stored(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
         """Shape and dtype of every tensor that `quantize` stores, by the names of `QuantizedTensor.tensors`."""
-        if self.name in BLOCK_FORMATS:
-            return stored_blocks(BLOCK_FORMATS[self.name], self.block_size, shape)
-        rows, columns = shape
-        stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
-        if self.name in CODEBOOKS:
-            n = rows * columns
-            blocks = -(-n // self.block_size)
-            stored = {"packed": (((n + 1) // 2, 1), torch.uint8)}
-            if not self.double_quant:
-                return stored | {"absmax": ((blocks,), torch.float32)}
-            return stored | {
-                "absmax": ((blocks,), torch.uint8),
-                "nested_absmax": ((-(-blocks // NestedScale.BLOCK),), torch.float32),
-                "nested_offset": ((), torch.float32),
-            }
-        if self.name == "llm_int8":
-            return {"packed": (shape, torch.int8), "absmax": ((rows,), torch.float32)}
-        groups = -(-columns // resolve_group_size(self.block_size or "channel", torch.Size(shape)))
-        if self.bits == 8 and self.symmetric:
-            stored = {"packed": (shape, torch.int8)}
-        else:
-            stored = {"packed": ((rows, packed_width(columns, self.bits)), torch.uint8)}
-        stored["scale"] = ((rows, groups), dtype)
-        if not self.symmetric:
-            stored["zero_point"] = ((rows, packed_width(groups, self.bits)), torch.uint8)
-        if self.act_order:
-            stored["group_index"] = ((columns,), torch.int32)
-        return stored
+        return self.format.stored(self, shape, dtype)
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a weight of this shape takes when quantized."""
@@ -101,28 +63,7 @@ class Scheme:
 
     def assemble(self, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
         """The QuantizedTensor around stored tensors: the inverse of `QuantizedTensor.tensors`."""
-        if self.name in BLOCK_FORMATS:
-            block = self.block_size if self.block_size > 0 else shape[1]
-            return BlockFloats(
-                tensors["packed"], tensors["scale"], torch.Size(shape), dtype, self.name, self.bits, block,
-                tensor_scale=tensors.get("tensor_scale"),
-            )  # fmt: skip
-        scale: Tensor | NestedScale
-        if self.double_quant:
-            scale = NestedScale(tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"])
-        else:
-            scale = tensors["absmax"] if "absmax" in tensors else tensors["scale"]
-        return QuantizedTensor(
-            packed=tensors["packed"],
-            scale=scale,
-            shape=torch.Size(shape),
-            dtype=dtype,
-            scheme=self.name,
-            bits=self.bits,
-            block_size=self.block_size or shape[1],
-            zero_point=tensors.get("zero_point"),
-            group_index=tensors.get("group_index"),
-        )
+        return self.format.assemble(self, tensors, shape, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,20 +71,15 @@ class Scheme:
     @classmethod
     def of(cls, q: QuantizedTensor) -> Scheme:
         """The scheme that a quantized tensor was made by."""
-        if isinstance(q, BlockFloats):
-            assert isinstance(q.scale, Tensor)
-            wholes: dict[tuple[int, ...], int] = {(1, 1): -1, (q.shape[0], 1): 0}
-            whole = wholes.get(tuple(q.scale.shape), q.block_size)
-            return cls(q.scheme, q.format.block or whole)
-        per_row = not q.is_codebook and q.block_size == q.shape[1]
-        return cls(
-            q.scheme,
-            0 if per_row else q.block_size,
-            q.double_quant,
-            q.symmetric,
-            act_order=q.group_index is not None,
-        )
+        return cls(q.scheme, q.settled_block(), q.double_quant, q.symmetric, act_order=q.group_index is not None)
 
+
+_FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
+    **{f"int{bits}": (GridTensor, bits) for bits in BITS},
+    **dict.fromkeys(CODEBOOKS, (CodebookTensor, 4)),
+    **{name: (BlockFloats, form.bits) for name, form in BLOCK_FORMATS.items()},
+    "llm_int8": (Int8Rows, 8),
+}
 
 # Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does
 # not.
@@ -181,32 +117,5 @@ def resolve_scheme(
             have.
     """
     check_choice(name, tuple(SCHEMES), "scheme")
-    scheme = SCHEMES[name]
-    is_codebook, is_llm_int8 = name in CODEBOOKS, name == "llm_int8"
-    if double_quant and not is_codebook:
-        raise ValueError(f"double_quant goes with nf4 and fp4, not with scheme={name!r}")
-    if not symmetric and (is_codebook or is_llm_int8 or name in BLOCK_FORMATS):
-        raise ValueError(f"symmetric=False goes with int2, int3, int4 and int8, not with scheme={name!r}")
-    if name in BLOCK_FORMATS:
-        check_block(BLOCK_FORMATS[name], None if block_size == -1 else block_size)
-        words = {None: scheme.block_size, "channel": 0, "tensor": -1}
-        return replace(scheme, block_size=words.get(block_size, block_size))  # type: ignore[arg-type]
-    if threshold < 0:
-        raise ValueError(f"threshold must be 0 or more, got {threshold!r}")
-    if block_size is None or (is_llm_int8 and block_size == 0):
-        block_size = scheme.block_size
-    elif is_llm_int8:
-        raise ValueError(f"llm_int8 has one scale per row; block_size={block_size!r} cannot be set")
-    elif is_codebook:
-        check_block_size(block_size)  # type: ignore[arg-type]
-    elif block_size in ("channel", -1, 0):
-        block_size = 0
-    elif isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f'block_size must be a positive int or "channel", got {block_size!r}')
-    return replace(
-        scheme,
-        block_size=int(block_size),
-        double_quant=double_quant,
-        symmetric=symmetric,
-        threshold=float(threshold) if is_llm_int8 else scheme.threshold,
-    )
+    options = {"double_quant": double_quant, "symmetric": symmetric, "threshold": threshold}
+    return SCHEMES[name].format.settle(SCHEMES[name], block_size, options)

@@ -34,14 +34,14 @@ class GptqColumns(StaticWidget):
         """
         import torch
 
-        from optinfer.quantization.formats.grid import grid, quantize_linear
+        from optinfer.quantization.formats.grid import quantize_linear, scale_and_zero
         from optinfer.quantization.methods.gptq import inverse_factor
 
         w = weight.double().clone()
         original = w.clone()
         factor = inverse_factor(hessian, damp)
         low, high = weight.float().aminmax(dim=1)
-        scale, zero = grid(low, high, bits, False, weight.dtype)
+        scale, zero = scale_and_zero(low, high, bits, False, weight.dtype)
         nearest = quantize_linear(weight, bits, "channel", False).dequantize().double()
         frames: list[dict[str, Any]] = []
         for i in range(w.shape[1]):

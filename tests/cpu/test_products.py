@@ -22,7 +22,7 @@ def assert_within_rounding(out, x, q):
     w, x = q.dequantize(torch.float32).double(), x.double()
     step = torch.stack([part.abs().amax(1) for part in x.split(1024, 1)], 1) / 32767
     bound = sum(step[:, i, None] / 2 * part.abs().sum(1) for i, part in enumerate(w.split(1024, 1)))
-    if q.is_codebook:
+    if q.scheme in ("nf4", "fp4"):
         absmax = q.absmax.double().view(len(w), -1).repeat_interleave(q.block_size, 1)
         bound = bound + x.abs() @ absmax.t() / 8191 / 2
     bound = bound + 3e-6 * (x.abs() @ (w.abs() + w.abs().amax()).t())  # zero points are taken off at the end

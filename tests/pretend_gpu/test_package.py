@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optinfer.quantization.checkpoints.save import pack_int32, unpack_int32
+from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
 from optinfer.quantization.formats.codebook import nest
 from optinfer.speculative.distillation import frequent_tokens
 from optinfer.speculative.rejection import rejection_sample

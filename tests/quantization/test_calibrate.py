@@ -15,6 +15,7 @@ from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.awq import ALPHAS, awq, clip_weight, fold, gain_offset, scale_layer, scaling_groups
 from optinfer.quantization.methods.calibrate import CalibrationError, add_gram, calibrate, decoder_layers
 from optinfer.quantization.methods.gptq import gptq, output_error
+from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import linear_layers
 
@@ -135,7 +136,7 @@ def test_scales_do_not_change_the_function(family):
     model = small_model(family)
     expected = logits(model)
     for layer in walk(model):
-        scale_layer(layer, 3, 32, False, tokens=96)
+        scale_layer(layer, Grid(3, 32, False), tokens=96)
         moved = 0.0
         target = decoder_layers(model)[layer.name]
         for a, b in zip(target.parameters(), layer.module.parameters()):
@@ -246,7 +247,7 @@ def test_clipping_never_increases_a_groups_error():
     weight = torch.randn(16, 64, generator=generator) ** 3
     x = torch.randn(300, 64, generator=generator)
     hessian = 2 / 300 * x.T @ x
-    clipped = clip_weight(weight, hessian, 3, 32, False)
+    clipped = clip_weight(weight, hessian, Grid(3, 32, False))
     assert (clipped != weight).any()
     for columns in (slice(0, 32), slice(32, 64)):
         block, w = hessian[columns, columns], weight[:, columns]

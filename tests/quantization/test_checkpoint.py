@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from optinfer.quantization import quantize
 from optinfer.quantization.checkpoints import save
-from optinfer.quantization.checkpoints.save import CheckpointError, pack_int32, save_checkpoint, unpack_int32
+from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
+from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.ladder import dequantize

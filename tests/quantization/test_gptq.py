@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optinfer.quantization.formats.grid import grid, quantize_linear
+from optinfer.quantization.formats.grid import quantize_linear, scale_and_zero
 from optinfer.quantization.methods.gptq import gptq_quantize, inverse_factor, output_error, row_errors
 
 
@@ -31,7 +31,7 @@ def brute_force(weight, hessian, bits, group_size, symmetric, damp, order):
     width = weight.shape[1]
     visit = list(range(width)) if order is None else order.tolist()
     current, restored = original.clone(), torch.zeros_like(original)
-    scale, zero = grid(*weight.unflatten(1, (-1, group_size)).aminmax(dim=-1), bits, symmetric, torch.float32)
+    scale, zero = scale_and_zero(*weight.unflatten(1, (-1, group_size)).aminmax(dim=-1), bits, symmetric, torch.float32)
     for i, c in enumerate(visit):
         g = c // group_size
         code = (current[:, c].float() / scale[:, g]).round() + zero[:, g]

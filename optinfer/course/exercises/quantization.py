@@ -817,7 +817,8 @@ def _expected_text(prompt: str, new_tokens: int, block_size: int) -> dict[str, A
 def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
     """Replace the linear layers of every second block by the package's, around the answer's bytes; then put them back."""
     from optinfer.course.exercises.real_model import default_model, greedy
-    from optinfer.quantization import QuantizedLinear, QuantizedTensor
+    from optinfer.quantization import QuantizedLinear
+    from optinfer.quantization.formats.codebook import CodebookTensor
     from optinfer.quantization.model import linear_layers, replace_module
 
     model, tokenizer = default_model("bfloat16")
@@ -826,7 +827,7 @@ def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, bl
         for linear in linear_layers(model.model.layers[::2]).values():
             weight = linear.weight.detach()
             packed, absmax = answer(weight.float(), block_size, NF4)
-            q = QuantizedTensor(packed.view(-1, 1), absmax, weight.shape, weight.dtype, "nf4", 4, block_size)
+            q = CodebookTensor(packed.view(-1, 1), absmax, weight.shape, weight.dtype, "nf4", 4, block_size)
             layer = QuantizedLinear.from_quantized(q)
             replace_module(model, linear, layer)
             replaced.append((layer, linear))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from optinfer.folders import new_folder
 from optinfer.quantization.experts import refuse_experts
+from optinfer.quantization.formats.codebook import CodebookTensor
+from optinfer.quantization.formats.llm_int8 import Int8Rows
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import replace_module
@@ -53,7 +55,8 @@ def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
     refuse_experts(model, "bitsandbytes")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     schemes = {layer.scheme.name for layer in layers.values()}
-    if len(schemes) != 1 or not schemes <= {*CODEBOOKS, "llm_int8"}:
+    writable = all(issubclass(layer.scheme.format, (CodebookTensor, Int8Rows)) for layer in layers.values())
+    if len(schemes) != 1 or not writable:
         found = ", ".join(sorted(schemes)) or "none"
         raise ValueError(f"bitsandbytes has nf4, fp4 and llm_int8; the model's quantized layers: {found}")
 
@@ -77,7 +80,7 @@ def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
 
 def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
     """A quantized weight as bitsandbytes stores it: tensors by name, the layer's prefix left out."""
-    if q.scheme == "llm_int8":
+    if isinstance(q, Int8Rows):
         return {"weight": q.packed, "SCB": q.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     description: dict[str, Any] = {
         "quant_type": q.scheme,
@@ -103,7 +106,7 @@ def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def bitsandbytes_config(scheme: Scheme, left_alone: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json."""
-    four = scheme.name in CODEBOOKS
+    four = issubclass(scheme.format, CodebookTensor)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four,
@@ -224,7 +227,7 @@ def _read_layer(state: dict[str, Tensor], name: str, linear: nn.Linear) -> Quant
         if int(kind) != 0:
             raise ValueError(f"{name}.weight_format is {int(kind)}; only row-major (0) is supported")
         packed, absmax = take("weight", shape, torch.int8), take("SCB", shape[:1], torch.float32)
-        return QuantizedTensor(packed, absmax, torch.Size(shape), dtype, "llm_int8", 8, shape[1])
+        return Int8Rows(packed, absmax, torch.Size(shape), dtype, "llm_int8", 8, shape[1])
 
     key = next((STATE + kind for kind in CODEBOOKS if f"{name}.{STATE}{kind}" in state), None)
     if key is None:
@@ -252,7 +255,7 @@ def _read_layer(state: dict[str, Tensor], name: str, linear: nn.Linear) -> Quant
         )
     else:
         scale = take("weight.absmax", (blocks,), torch.float32)
-    return QuantizedTensor(packed, scale, torch.Size(shape), dtype, kind, 4, block)
+    return CodebookTensor(packed, scale, torch.Size(shape), dtype, kind, 4, block)
 
 
 def _expect_table(name: str, table: Tensor, values: tuple[float, ...], what: str) -> None:

@@ -1,29 +1,10 @@
-"""Checkpoints that others load: compressed-tensors, GPTQ, AWQ and bitsandbytes, as transformers and vLLM read them.
-
-Small floats (fp8, mxfp8, mxfp4, nvfp4) are compressed-tensors too, see `block_checkpoint`.
-
-=====================  ==========================================================  ====================================
-format                 tensors of a linear layer ``[out, in]``, groups of ``g``     packing
-=====================  ==========================================================  ====================================
-compressed-tensors     ``weight_packed [out, in*b/32]``, ``weight_scale``          along `in`; zero points along `out`
-                       ``[out, in/g]``, ``weight_shape [2]``, affine:
-                       ``weight_zero_point [out*b/32, in/g]``
-gptq                   ``qweight [in*b/32, out]``, ``qzeros [in/g, out*b/32]``,    `qweight` along `in`, `qzeros` along
-                       ``scales [in/g, out]`` float16, ``g_idx [in]``              `out`; version 1 stores ``zero - 1``
-awq (GEMM)             ``qweight [in, out/8]``, ``qzeros [in/g, out/8]``,          along `out`, eight columns in the
-                       ``scales [in/g, out]`` float16                              order 0 2 4 6 1 3 5 7
-=====================  ==========================================================  ====================================
-
-All packed tensors are int32, the first code in the lowest bits; codes are unsigned.
-"""
+"""Checkpoints that others load: compressed-tensors, GPTQ, AWQ and bitsandbytes, as transformers and vLLM read them."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,91 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
+from optinfer.quantization.checkpoints import awq, compressed_tensors, gptq
 from optinfer.quantization.checkpoints.bitsandbytes import write_bitsandbytes
 from optinfer.quantization.checkpoints.small_floats import convert_blocks
 from optinfer.quantization.checks import CheckpointError
 from optinfer.quantization.experts import refuse_experts
+from optinfer.quantization.formats.grid import GridTensor
 from optinfer.quantization.formats.small_floats import BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.calibrate import decoder_layers
 
-__all__ = ["FORMATS", "CheckpointError", "pack_int32", "save_checkpoint", "unpack_int32"]
+__all__ = ["FORMATS", "CheckpointError", "save_checkpoint"]
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns sits in nibble 0, 1 …: the order AWQ's kernel unpacks in
-
-
-# ------------------------------------------------------------------------------------------------------ int32 words
-def pack_int32(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
-    """Pack unsigned codes along one dimension into int32 words: a stream of bits, the first code lowest.
-
-    32 codes fill exactly `bits` words; 3-bit codes may straddle two. The last word is filled with zeros.
-
-    Returns:
-        int32, `dim` now ``ceil(n * bits / 32)`` long.
-    """
-    codes = codes.movedim(dim, -1).to(torch.int64)
-    words = -(-codes.shape[-1] * bits // 32)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    packed = torch.zeros(*codes.shape[:-1], bits, dtype=torch.int64, device=codes.device)
-    for i in range(32):
-        word, offset = divmod(i * bits, 32)
-        packed[..., word] |= codes[..., i] << offset & 0xFFFFFFFF
-        if offset + bits > 32:
-            packed[..., word + 1] |= codes[..., i] >> (32 - offset)
-    packed = packed.flatten(-2)[..., :words]
-    return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).to(torch.int32).movedim(-1, dim).contiguous()
+LAYOUTS = {"compressed-tensors": compressed_tensors.convert, "gptq": gptq.convert, "awq": awq.convert}
+FORMATS = (*LAYOUTS, "bitsandbytes")
 
 
-def unpack_int32(packed: Tensor, bits: int, length: int, dim: int = -1) -> Tensor:
-    """The inverse of `pack_int32`: unsigned codes, uint8, `dim` `length` long."""
-    packed = packed.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF
-    packed = torch.nn.functional.pad(packed, (0, 1))
-    bit = torch.arange(length, device=packed.device) * bits
-    word, offset = bit // 32, bit % 32
-    pair = packed[..., word] | packed[..., word + 1] << 32
-    return (pair >> offset & (1 << bits) - 1).to(torch.uint8).movedim(-1, dim).contiguous()
-
-
-# --------------------------------------------------------------------------------------------- one layer, per format
-def _compressed_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
-    assert isinstance(q.scale, Tensor)  # only codebooks nest their scales
-    tensors = {
-        "weight_packed": pack_int32(q.codes(), q.bits),
-        "weight_scale": q.scale,
-        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
-    }
-    if not q.symmetric:
-        tensors["weight_zero_point"] = pack_int32(q.zero_points(), q.bits, dim=0)
-    return tensors
-
-
-def _gptq(q: QuantizedTensor, version: int) -> dict[str, Tensor]:
-    zeros = q.zero_points().T.to(torch.int64) - (1 if version == 1 else 0)
-    return {
-        "qweight": pack_int32(q.codes(), q.bits, dim=1).T.contiguous(),
-        "qzeros": pack_int32(zeros, q.bits),
-        "scales": q.scale.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(q.shape[1], dtype=torch.int32, device=q.scale.device) // q.block_size,
-    }
-
-
-def _awq(q: QuantizedTensor) -> dict[str, Tensor]:
-    order = torch.tensor(AWQ_ORDER, device=q.scale.device)
-
-    def pack(columns: Tensor) -> Tensor:
-        return pack_int32(columns.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4)
-
-    return {
-        "qweight": pack(q.codes().T),
-        "qzeros": pack(q.zero_points().T),
-        "scales": q.scale.T.to(torch.float16).contiguous(),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- whole models
 def save_checkpoint(
     model: Any,
     path: str | os.PathLike[str],
@@ -161,27 +75,22 @@ def save_checkpoint(
     if blocks:
         tensors, config = convert_blocks(layers, blocks, format, unquantized_layers(model))
         return _write(model, target, tensors | _other_tensors(model, layers, None), config, tokenizer, None)
-    _check_uniform(layers, format)
+    grids = _uniform(layers, format)
     if format in ("gptq", "awq"):
         _check_inside(model, layers, format)
-    if format == "compressed-tensors" and not next(iter(layers.values())).symmetric:
-        warnings.warn(
-            "transformers cannot load affine compressed-tensors checkpoints (it expects unpacked zero points, the format "
-            "packs them): use vLLM, or quantize with symmetric=True, or write format='awq' or 'gptq'",
-            stacklevel=2,
-        )
-    tensors, config = _convert(model, layers, format)
+    tensors, config = LAYOUTS[format](model, grids, unquantized_layers(model))
     dtype = torch.float16 if format in ("gptq", "awq") else None
     tensors |= _other_tensors(model, layers, dtype)
     return _write(model, target, tensors, config, tokenizer, dtype)
 
 
-def _check_uniform(layers: dict[str, QuantizedTensor], format: str) -> None:
-    """Raise CheckpointError where a layer cannot be expressed."""
+def _uniform(layers: dict[str, QuantizedTensor], format: str) -> dict[str, GridTensor]:
+    """The layers, all of one scheme; CheckpointError where one cannot be expressed."""
     first_name, first = next(iter(layers.items()))
+    grids: dict[str, GridTensor] = {}
     for name, q in layers.items():
         what = f"{name} ({q.scheme}, group {q.block_size}, {'symmetric' if q.symmetric else 'affine'})"
-        if not q.scheme.startswith("int"):
+        if not isinstance(q, GridTensor):
             raise CheckpointError(f"{what} is not a scheme of format {format!r}; try format='bitsandbytes'")
         if format == "awq" and q.bits != 4:
             raise CheckpointError(f"{what}: AWQ checkpoints hold 4 bits; try format='compressed-tensors'")
@@ -197,63 +106,8 @@ def _check_uniform(layers: dict[str, QuantizedTensor], format: str) -> None:
             raise CheckpointError(f"{what}: its shape {tuple(q.shape)} does not fill whole 32-bit words")
         if format in ("gptq", "awq") and not torch.isfinite(q.scale.half()).all():
             raise CheckpointError(f"{what}: its scales exceed float16, which {format!r} stores")
-
-
-def _convert(model: Any, layers: dict[str, QuantizedTensor], format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stored tensors by full name, and the `quantization_config`."""
-    first = next(iter(layers.values()))
-    per_row = all(q.block_size == q.shape[1] for q in layers.values())
-    plain = unquantized_layers(model)
-    group = -1 if per_row else first.block_size
-    tensors: dict[str, Tensor] = {}
-    if format == "compressed-tensors":
-        for name, q in layers.items():
-            tensors |= {f"{name}.{k}": v for k, v in _compressed_tensors(q).items()}
-        weights = {
-            "num_bits": first.bits,
-            "type": "int",
-            "symmetric": first.symmetric,
-            "group_size": None if per_row else group,
-            "strategy": "channel" if per_row else "group",
-            "actorder": None,
-            "dynamic": False,
-            "observer": "minmax",
-        }
-        group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return tensors, {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "ignore": plain or ["lm_head"],
-            "config_groups": {"group_0": group_0},
-        }
-    if format == "gptq":
-        # Version 1 stores zero - 1, so a zero point of 0 would borrow from its neighbour in the word: version 2 then.
-        version = 2 if any(not q.symmetric and bool((q.zero_points() == 0).any()) for q in layers.values()) else 1
-        for name, q in layers.items():
-            tensors |= {f"{name}.{k}": v for k, v in _gptq(q, version).items()}
-        config = {
-            "quant_method": "gptq",
-            "bits": first.bits,
-            "group_size": group,
-            "desc_act": False,
-            "sym": first.symmetric,
-            "lm_head": False,
-            "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
-        }
-        if left := _plain_inside(model, plain):  # readers expect codes for every other layer of the decoder
-            config["dynamic"] = {rf"-:^{re.escape(name)}$": {} for name in left}
-        return tensors, config
-    for name, q in layers.items():
-        tensors |= {f"{name}.{k}": v for k, v in _awq(q).items()}
-    return tensors, {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": [name for name in plain if name != "lm_head"] or None,
-    }
+        grids[name] = q
+    return grids
 
 
 def _check_readers_layers(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:
@@ -266,12 +120,6 @@ def _check_readers_layers(model: Any, layers: dict[str, QuantizedTensor], format
                 f"{name} is a {type(kind).__name__} in {type(model).__name__}, and readers of {format!r} files look for "
                 "nn.Linear: save it in our own format, model.save_pretrained(path)"
             )
-
-
-def _plain_inside(model: Any, plain: list[str]) -> list[str]:
-    """Of the layers with ordinary weights those inside the decoder's layers."""
-    prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
-    return [name for name in plain if name.startswith(prefixes)]
 
 
 def _check_inside(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:

@@ -5,20 +5,124 @@ The bytes are those of bitsandbytes 0.50, for every dtype, block size and shape.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optinfer.quantization.checks import check_block_size, check_choice, check_weight
-from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
-from optinfer.quantization.number_formats import CODEBOOKS, codebook, dynamic_table
+from optinfer.cpu import CpuWeight
+from optinfer.quantization.checks import check_block_size, check_choice, check_weight, refuse_options
+from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, Stored, unpack_bits
+from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
+from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
+from optinfer_kernels.quantized_arguments import QuantizedWeight, codebook_tensor
 
-__all__ = ["dequantize_4bit", "quantize_4bit"]
+if TYPE_CHECKING:
+    from optinfer.quantization.schemes import Scheme
+
+__all__ = ["CodebookTensor", "dequantize_4bit", "quantize_4bit"]
 
 # Quantize this many weights at a time: temporaries stay small, and threads have enough to do between two barriers.
 # A multiple of every block size.
 CHUNK = 1 << 18
+
+
+class CodebookTensor(QuantizedTensor):
+    """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor."""
+
+    SCALE = "absmax"
+
+    @classmethod
+    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+        refuse_options(scheme, options, "double_quant")
+        if block_size is None:
+            block_size = scheme.block_size
+        check_block_size(block_size)  # type: ignore[arg-type]
+        return replace(scheme, block_size=int(block_size), double_quant=options["double_quant"])
+
+    @classmethod
+    def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+        return quantize_4bit(weight, scheme.name, scheme.block_size, scheme.double_quant)
+
+    @classmethod
+    def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
+        n = math.prod(shape)
+        blocks = -(-n // scheme.block_size)
+        stored: dict[str, Stored] = {"packed": (((n + 1) // 2, 1), torch.uint8)}
+        if not scheme.double_quant:
+            return stored | {"absmax": ((blocks,), torch.float32)}
+        return stored | {
+            "absmax": ((blocks,), torch.uint8),
+            "nested_absmax": ((-(-blocks // NestedScale.BLOCK),), torch.float32),
+            "nested_offset": ((), torch.float32),
+        }
+
+    @classmethod
+    def assemble(
+        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        q = super().assemble(scheme, tensors, shape, dtype)
+        if scheme.double_quant:
+            q.scale = NestedScale(tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"])
+        return q
+
+    def settled_block(self) -> int:
+        return self.block_size
+
+    def codes(self) -> Tensor:
+        n = math.prod(self.shape)
+        return unpack_bits(self.packed.reshape(-1), 4, 2 * self.packed.numel())[:n].reshape(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        if len(self.shape) == 2:
+            return super().dequantize(dtype)
+        return self._range(0, math.prod(self.shape), dtype or self.dtype).reshape(self.shape)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        width = self.shape[1]
+        return self._range(start * width, stop * width, dtype or self.dtype).view(stop - start, width)
+
+    def _range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Elements ``start … stop`` of the flattened tensor."""
+        first, last = start // 2, (stop + 1) // 2
+        octets = self.packed.reshape(-1)[first:last]
+        values = _pairs(self.scheme, self.device).index_select(0, octets.int()).view(-1)
+        values = values[start - 2 * first :][: stop - start]
+        block = self.block_size
+        first_block, last_block = start // block, -(-stop // block)
+        if isinstance(self.scale, NestedScale):
+            absmax = self.absmax[first_block:last_block]
+        else:
+            absmax = self.scale[first_block:last_block]
+        if start % block == 0 and stop % block == 0:
+            return (values.view(-1, block) * absmax[:, None]).view(-1).to(dtype)
+        spread = absmax.repeat_interleave(block)[start - first_block * block :][: stop - start]
+        return (values * spread).to(dtype)
+
+    def kernel_weight(self) -> QuantizedWeight | None:
+        rows, columns = self.shape
+        if columns % self.block_size:  # a block goes on in the next row
+            return None
+        nested, scale = None, self.scale
+        if isinstance(scale, NestedScale):
+            table = codebook_tensor(DYNAMIC_INT8, torch.float32, self.device)
+            nested = KernelNestedScale(scale.absmax, scale.offset, table)
+            scale = scale.codes
+        return QuantizedWeight(
+            self.packed.view(rows, columns // 2), scale.view(rows, columns // self.block_size), self.block_size,
+            tuple(CODEBOOKS[self.scheme]), None, nested,
+        )  # fmt: skip
+
+    def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        nested, scale = None, self.scale
+        if isinstance(scale, NestedScale):
+            nested, scale = (dynamic_table(), scale.absmax, scale.offset), scale.codes
+        rows, columns = self.shape
+        values = codebook(self.scheme)
+        return CpuWeight.codebook_codes(self.packed, (rows, columns), self.block_size, values, scale, nested, bias)
 
 
 def quantize_4bit(
@@ -60,7 +164,7 @@ def quantize_4bit(
         pairs = codes.view(-1, 2)
         packed[start // 2 :][: len(pairs), 0] = (pairs[:, 0] << 4) | pairs[:, 1]
 
-    return QuantizedTensor(
+    return CodebookTensor(
         packed=packed,
         scale=nest(absmax) if double_quant else absmax,
         shape=weight.shape,
@@ -73,7 +177,7 @@ def quantize_4bit(
 
 def dequantize_4bit(q: QuantizedTensor) -> Tensor:
     """Restore a tensor quantized by `quantize_4bit`: ``codebook[code] * absmax``, in its shape and dtype."""
-    if not isinstance(q, QuantizedTensor) or not q.is_codebook:
+    if not isinstance(q, CodebookTensor):
         found = q.scheme if isinstance(q, QuantizedTensor) else type(q).__name__
         raise TypeError(f"q must be a QuantizedTensor of scheme {' or '.join(CODEBOOKS)}, got {found}")
     return q.dequantize()
@@ -154,3 +258,16 @@ def _boundaries(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor |
 def _code_of_zero(quant_type: str) -> int:
     """The code that pads an odd number of weights to whole bytes: what 0.0 is quantized to."""
     return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))
+
+
+_PAIRS: dict[tuple[str, str], Tensor] = {}
+
+
+def _pairs(scheme: str, device: torch.device) -> Tensor:
+    """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
+    key = (scheme, str(device))
+    if key not in _PAIRS:
+        code = codebook(scheme, device)
+        byte = torch.arange(256, device=device)
+        _PAIRS[key] = torch.stack([code[byte >> 4], code[byte & 15]], 1)
+    return _PAIRS[key]

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight, kernels, linear
-from optinfer.quantization.formats.small_floats import E2M1, BlockFloats
-from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
-from optinfer.quantization.number_formats import DYNAMIC_INT8, codebook
+from optinfer.quantization.formats.tensor import QuantizedTensor
 
 __all__ = ["as_cpu_weight", "cpu_pays", "linear"]
-
-_DYNAMIC = torch.tensor(DYNAMIC_INT8)
 
 
 def cpu_pays(x: Tensor) -> bool:
@@ -27,21 +23,4 @@ def cpu_pays(x: Tensor) -> bool:
 
 def as_cpu_weight(q: QuantizedTensor, bias: Tensor | None = None) -> CpuWeight | None:
     """`q`'s tensors as the kernels read them, nothing copied; None for layouts that they do not read."""
-    if len(q.shape) != 2 or q.group_index is not None or q.scheme == "llm_int8":
-        return None
-    rows, columns = q.shape
-    if isinstance(q, BlockFloats):  # E2M1 is a codebook; its scales are read as float32
-        if q.bits == 8 or columns % q.block_size:
-            return None
-        return CpuWeight.codebook_codes(
-            q.packed, (rows, columns), q.block_size, torch.tensor(E2M1), q.scales().view(-1), bias=bias
-        )
-    if q.is_codebook:
-        if isinstance(q.scale, NestedScale):
-            nested = (_DYNAMIC, q.scale.absmax, q.scale.offset)
-            return CpuWeight.codebook_codes(
-                q.packed, (rows, columns), q.block_size, codebook(q.scheme), q.scale.codes, nested, bias
-            )
-        return CpuWeight.codebook_codes(q.packed, (rows, columns), q.block_size, codebook(q.scheme), q.scale, bias=bias)
-    assert isinstance(q.scale, Tensor)  # only codebooks nest their scales
-    return CpuWeight.linear_codes(q.packed, columns, q.bits, q.block_size, q.scale, q.zero_point, bias)
+    return q.cpu_weight(bias) if len(q.shape) == 2 else None

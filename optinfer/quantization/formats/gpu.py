@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from optinfer import hardware
-from optinfer.quantization.formats.small_floats import E2M1, BlockFloats
-from optinfer.quantization.formats.tensor import NestedScale as NestedTensor
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer_kernels import TritonMissing
-from optinfer_kernels.quantized_arguments import INT4, NestedScale, QuantizedWeight, codebook_tensor
+from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 __all__ = ["as_kernel_weight", "has_kernels", "kernel_matmul", "kernel_pays"]
 
@@ -50,31 +47,10 @@ def has_kernels(device: torch.device) -> bool:
 
 def as_kernel_weight(q: QuantizedTensor) -> QuantizedWeight | None:
     """`q`'s tensors as the kernels read them, nothing copied; None for layouts that they do not read."""
-    if len(q.shape) != 2 or q.group_index is not None or q.shape[1] % 2:
+    if len(q.shape) != 2 or q.shape[1] % 2:
         return None
-    rows, columns = q.shape
-    nested = None
-    codebook: tuple[float, ...] | None
-    if isinstance(q, BlockFloats):  # E2M1 is a codebook; its scales are read as float32
-        if q.bits == 8 or columns % q.block_size:
-            return None
-        codes, scale, codebook = q.packed, q.scales(), E2M1
-    elif q.is_codebook:
-        if columns % q.block_size:  # a block goes on in the next row
-            return None
-        codes, codebook = q.packed.view(rows, columns // 2), tuple(CODEBOOKS[q.scheme])
-        stored = q.scale
-        if isinstance(stored, NestedTensor):
-            table = codebook_tensor(DYNAMIC_INT8, torch.float32, q.device)
-            nested = NestedScale(stored.absmax, stored.offset, table)
-            stored = stored.codes
-        scale = stored.view(rows, columns // q.block_size)
-    elif q.scheme == "int4" or (q.scheme == "int8" and q.symmetric):
-        if isinstance(q.scale, NestedTensor) or q.scale.shape[0] != rows:
-            return None
-        codes, scale, codebook = q.packed, q.scale, INT4 if q.scheme == "int4" else None
-    else:
+    weight = q.kernel_weight()
+    if weight is None:
         return None
-    weight = QuantizedWeight(codes, scale, q.block_size, codebook, q.zero_point, nested)
     power_of_2 = q.block_size & -q.block_size
     return weight if weight.groups == 1 or power_of_2 >= 32 else None

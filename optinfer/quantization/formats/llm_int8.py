@@ -7,17 +7,20 @@ multiplied in 16 bits. Statistics, codes and outputs are those of bitsandbytes 0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optinfer.quantization.checks import check_weight
+from optinfer.quantization.checks import check_weight, refuse_options
 from optinfer.quantization.formats.gpu import has_kernels
-from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
 
-__all__ = ["Int8Activations", "int8_matmul", "quantize_activations", "quantize_int8"]
+if TYPE_CHECKING:
+    from optinfer.quantization.schemes import Scheme
+
+__all__ = ["Int8Activations", "Int8Rows", "int8_matmul", "quantize_activations", "quantize_int8"]
 
 # 1 / 127**2 as bitsandbytes rounds it: part of the format if outputs are to agree to the last bit.
 DEQUANT = 6.200124e-05
@@ -33,6 +36,34 @@ class Int8Activations:
     outliers: Tensor  # int64 [n], the features kept in 16 bits
 
 
+class Int8Rows(QuantizedTensor):
+    """llm_int8: ``value = code * absmax / 127``, an absmax per row."""
+
+    SCALE = "absmax"
+
+    @classmethod
+    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+        refuse_options(scheme, options)
+        if block_size not in (None, 0):
+            raise ValueError(f"llm_int8 has one scale per row; block_size={block_size!r} cannot be set")
+        return replace(scheme, threshold=float(options["threshold"]))
+
+    @classmethod
+    def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+        return quantize_int8(weight)
+
+    @classmethod
+    def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
+        return {"packed": (shape, torch.int8), "absmax": (shape[:1], torch.float32)}
+
+    def codes(self) -> Tensor:
+        return (self.packed.to(torch.int16) + 128).to(torch.uint8)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = self.packed[start:stop].float() * self.absmax[start:stop, None]
+        return values.mul_(1 / 127).to(dtype or self.dtype)
+
+
 def quantize_int8(weight: Tensor) -> QuantizedTensor:
     """Quantize ``[out, in]`` to int8, one absmax per row: ``code = round(weight * 127 / absmax)``.
 
@@ -46,7 +77,7 @@ def quantize_int8(weight: Tensor) -> QuantizedTensor:
     w = weight.detach().float()
     absmax = torch.maximum(w.amax(1), -w.amin(1))
     codes = (w * (127.0 / _nonzero(absmax))[:, None]).round_().to(torch.int8)
-    return QuantizedTensor(codes, absmax, weight.shape, weight.dtype, "llm_int8", 8, weight.shape[1])
+    return Int8Rows(codes, absmax, weight.shape, weight.dtype, "llm_int8", 8, weight.shape[1])
 
 
 def quantize_activations(x: Tensor, threshold: float = 6.0) -> Int8Activations:
@@ -84,7 +115,7 @@ def int8_matmul(x: Tensor, q: QuantizedTensor, threshold: float = 6.0, bias: Ten
     Returns:
         ``[..., out]`` in `x.dtype`.
     """
-    if q.scheme != "llm_int8":
+    if not isinstance(q, Int8Rows):
         raise TypeError(f"q must be of scheme llm_int8, got {q.scheme}")
     if x.shape[-1] != q.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {q.shape[1]}")

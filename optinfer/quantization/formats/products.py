@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
+from optinfer.cpu import CpuWeight
+from optinfer.cpu import linear as cpu_linear
 from optinfer.quantization.checks import check_choice
+from optinfer.quantization.formats.cpu import cpu_pays
 from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
-from optinfer.quantization.formats.llm_int8 import int8_matmul
+from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer_kernels.quantized_arguments import QuantizedWeight
 
-__all__ = ["dequantized_matmul", "quantized_matmul"]
+__all__ = ["dequantized_matmul", "layer_matmul", "quantized_matmul"]
 
 BACKENDS = ("auto", "triton", "dequantize")
 
@@ -36,7 +42,7 @@ def quantized_matmul(
         TritonMissing: backend "triton" without Triton.
     """
     check_choice(backend, BACKENDS, "backend")
-    if q.scheme == "llm_int8":
+    if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":
         weight = as_kernel_weight(q)
@@ -46,6 +52,29 @@ def quantized_matmul(
     if backend == "auto" and kernel_pays(x) and (weight := as_kernel_weight(q)) is not None:
         return kernel_matmul(x, weight, bias)
     return dequantized_matmul(x, q, bias)
+
+
+class QuantizedLayer(Protocol):
+    """A layer that remembers how the kernels read its weight."""
+
+    bias: Any
+    scheme: Any
+
+    @property
+    def quantized(self) -> QuantizedTensor: ...
+    def cpu_weight(self) -> CpuWeight | None: ...
+    def gpu_weight(self) -> QuantizedWeight | None: ...
+
+
+def layer_matmul(x: Tensor, layer: QuantizedLayer) -> Tensor:
+    """`quantized_matmul` with a layer's weight: by the kernels of the device where they pay for this input and read the
+    layout, else by the formula.
+    """
+    if x.is_cuda and kernel_pays(x) and (on_gpu := layer.gpu_weight()) is not None:
+        return kernel_matmul(x, on_gpu, layer.bias)
+    if cpu_pays(x) and (on_cpu := layer.cpu_weight()) is not None:
+        return cpu_linear(x, on_cpu)
+    return quantized_matmul(x, layer.quantized, layer.bias, layer.scheme.threshold)
 
 
 def dequantized_matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

@@ -18,13 +18,18 @@ codes in a byte: here the first sits in the high half, as in all our tensors; in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optinfer.quantization.checks import check_choice, check_weight
-from optinfer.quantization.formats.tensor import QuantizedTensor, packed_width, unpack_bits
+from optinfer.cpu import CpuWeight
+from optinfer.quantization.checks import check_choice, check_weight, refuse_options
+from optinfer.quantization.formats.tensor import QuantizedTensor, Stored, packed_width, unpack_bits
+from optinfer_kernels.quantized_arguments import QuantizedWeight
+
+if TYPE_CHECKING:
+    from optinfer.quantization.schemes import Scheme
 
 __all__ = ["BLOCK_FORMATS", "E2M1", "BlockFloats", "BlockFormat", "file_order", "quantize_blocks"]
 
@@ -91,6 +96,35 @@ class BlockFloats(QuantizedTensor):
 
     tensor_scale: Tensor | None = None
 
+    @classmethod
+    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+        refuse_options(scheme, options)
+        check_block(BLOCK_FORMATS[scheme.name], None if block_size == -1 else block_size)
+        words = {None: scheme.block_size, "channel": 0, "tensor": -1}
+        return replace(scheme, block_size=words.get(block_size, block_size))  # type: ignore[arg-type]
+
+    @classmethod
+    def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+        block = {0: "channel", -1: "tensor"}.get(scheme.block_size, scheme.block_size)
+        return quantize_blocks(weight, scheme.name, block)
+
+    @classmethod
+    def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
+        return stored_blocks(BLOCK_FORMATS[scheme.name], scheme.block_size, shape)
+
+    @classmethod
+    def assemble(
+        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        q = super().assemble(scheme, tensors, shape, dtype)
+        q.block_size = scheme.block_size if scheme.block_size > 0 else shape[1]
+        return replace(q, tensor_scale=tensors.get("tensor_scale"))  # type: ignore[call-arg]
+
+    def settled_block(self) -> int:
+        assert isinstance(self.scale, Tensor)
+        wholes: dict[tuple[int, ...], int] = {(1, 1): -1, (self.shape[0], 1): 0}
+        return self.format.block or wholes.get(tuple(self.scale.shape), self.block_size)
+
     @property
     def format(self) -> BlockFormat:
         return BLOCK_FORMATS[self.scheme]
@@ -128,6 +162,17 @@ class BlockFloats(QuantizedTensor):
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(self.block_size, 1)[:, :width]
         return (values * scales).to(dtype or self.dtype)
+
+    def kernel_weight(self) -> QuantizedWeight | None:
+        if self.bits == 8 or self.shape[1] % self.block_size:
+            return None
+        return QuantizedWeight(self.packed, self.scales(), self.block_size, E2M1)  # a codebook, scales in float32
+
+    def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        if self.bits == 8 or self.shape[1] % self.block_size:
+            return None
+        shape, scales = (self.shape[0], self.shape[1]), self.scales().view(-1)
+        return CpuWeight.codebook_codes(self.packed, shape, self.block_size, torch.tensor(E2M1), scales, bias=bias)
 
     def to(self, device: torch.device | str) -> BlockFloats:
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
@@ -233,9 +278,7 @@ def _round(x: Tensor, form: BlockFormat) -> Tensor:
     return codes[:, 0::2] << 4 | codes[:, 1::2]
 
 
-def stored_blocks(
-    form: BlockFormat, block_size: int, shape: tuple[int, int]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_blocks(form: BlockFormat, block_size: int, shape: tuple[int, int]) -> dict[str, Stored]:
     """Shape and dtype of what `quantize_blocks` stores. `block_size` 0: a row; -1: the tensor; 128 of fp8: tiles."""
     rows, columns = shape
     width = packed_width(columns, 4) if form.bits == 4 else columns

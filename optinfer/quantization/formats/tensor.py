@@ -1,6 +1,6 @@
-"""The quantized tensor: packed codes, their scales, and how to get real numbers back.
+"""What all formats share: packed codes, their scales, and how to get real numbers back.
 
-Two families share one container:
+Two families of formats, beside LLM.int8() and small floats:
 
 * *linear* codes (``int2`` … ``int8``): ``value = (code - zero_point) * scale``, one scale per group of
   consecutive weights of a row, per row ("channel"), or for the whole tensor ("tensor");
@@ -16,13 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optinfer.quantization.number_formats import CODEBOOKS, codebook, dynamic_table
+from optinfer.quantization.number_formats import dynamic_table
+
+if TYPE_CHECKING:
+    from optinfer.cpu import CpuWeight
+    from optinfer.quantization.schemes import Scheme
+    from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 __all__ = ["NestedScale", "QuantizedTensor", "pack_bits", "unpack_bits"]
+
+Stored = tuple[tuple[int, ...], torch.dtype]  # of a stored tensor
 
 # Rows are restored in slabs of about this many weights, so that a matrix product never needs the whole layer.
 SLAB = 1 << 20
@@ -102,7 +110,7 @@ class NestedScale:
 
 @dataclass
 class QuantizedTensor:
-    """A matrix ``[out, in]`` stored in few bits, with everything needed to restore it.
+    """A matrix ``[out, in]`` stored in few bits, with everything needed to restore it. Each format is a subclass.
 
     Attributes:
         packed: the codes. Linear: uint8 ``[out, ceil(in * bits / 8)]`` (signed int8 ``[out, in]`` for
@@ -121,6 +129,8 @@ class QuantizedTensor:
             (GPTQ's activation order); None otherwise.
     """
 
+    SCALE: ClassVar[str] = "scale"  # what the stored scales are called
+
     packed: Tensor
     scale: Tensor | NestedScale
     shape: torch.Size
@@ -131,46 +141,42 @@ class QuantizedTensor:
     zero_point: Tensor | None = None
     group_index: Tensor | None = None
 
-    # ---- making one
+    # ---- of what it consists
     @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bits: int,
-        group_size: int,
-        dtype: torch.dtype,
-        group_index: Tensor | None = None,
-    ) -> QuantizedTensor:
-        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ,
-        AWQ…).
+    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+        """`scheme` with the user's options in place of the defaults; ValueError for one that the format does not have."""
+        raise NotImplementedError
 
-        Args:
-            codes: integers in ``0 … 2**bits - 1``.
-            scale: ``[out, groups]`` (or ``[out, 1]``, ``[1, 1]``), kept in the dtype it comes in.
-            zero_point: unsigned integers, shape of `scale`, or None: symmetric around ``2 ** (bits - 1)``.
-            group_size: columns per scale.
-            dtype: of the restored tensor.
-            group_index: int ``[in]``, see the class.
-        """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
-            raise ValueError(f"codes must lie in 0 … {(1 << bits) - 1} for bits={bits}")
-        if bits == 8 and zero_point is None:
-            packed = (codes.to(torch.int16) - 128).to(torch.int8)
-        else:
-            packed = pack_bits(codes, bits)
+    @classmethod
+    def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+        """Quantize a weight ``[out, in]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
+        """Shape and dtype of every tensor that `make` stores, by the names of `tensors`."""
+        raise NotImplementedError
+
+    @classmethod
+    def assemble(
+        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """The inverse of `tensors`."""
         return cls(
-            packed=packed,
-            scale=scale.contiguous(),
-            shape=codes.shape,
+            packed=tensors["packed"],
+            scale=tensors[cls.SCALE],
+            shape=torch.Size(shape),
             dtype=dtype,
-            scheme=f"int{bits}",
-            bits=bits,
-            block_size=group_size,
-            zero_point=None if zero_point is None else pack_bits(zero_point, bits),
-            group_index=None if group_index is None else group_index.to(torch.int32),
+            scheme=scheme.name,
+            bits=scheme.bits,
+            block_size=scheme.block_size or shape[1],
+            zero_point=tensors.get("zero_point"),
+            group_index=tensors.get("group_index"),
         )
+
+    def settled_block(self) -> int:
+        """`Scheme.block_size` of the scheme that made this."""
+        return 0 if self.block_size == self.shape[1] else self.block_size
 
     # ---- what it weighs
     def tensors(self) -> dict[str, Tensor]:
@@ -183,7 +189,7 @@ class QuantizedTensor:
                 "nested_offset": self.scale.offset,
             }
         else:
-            stored["absmax" if self.is_codebook or self.scheme == "llm_int8" else "scale"] = self.scale
+            stored[self.SCALE] = self.scale
         if self.zero_point is not None:
             stored["zero_point"] = self.zero_point
         if self.group_index is not None:
@@ -199,10 +205,6 @@ class QuantizedTensor:
     def bits_per_weight(self) -> float:
         """All stored bits over the number of weights: codes, scales and zero points together."""
         return 8 * self.nbytes / math.prod(self.shape)
-
-    @property
-    def is_codebook(self) -> bool:
-        return self.scheme in CODEBOOKS
 
     @property
     def symmetric(self) -> bool:
@@ -221,34 +223,20 @@ class QuantizedTensor:
         """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is
         nested.
         """
-        if not (self.is_codebook or self.scheme == "llm_int8"):
+        if self.SCALE != "absmax":
             raise AttributeError(f"scheme {self.scheme!r} has .scale, not .absmax")
         return self.scale.restore() if isinstance(self.scale, NestedScale) else self.scale
 
     # ---- getting numbers back
     def codes(self) -> Tensor:
         """Unsigned codes, uint8, in the tensor's shape."""
-        if self.is_codebook:
-            n = math.prod(self.shape)
-            return unpack_bits(self.packed.reshape(-1), 4, 2 * self.packed.numel())[:n].reshape(self.shape)
-        if self.packed.dtype == torch.int8:
-            return (self.packed.to(torch.int16) + 128).to(torch.uint8)
-        return unpack_bits(self.packed, self.bits, self.shape[-1])
-
-    def zero_points(self) -> Tensor:
-        """Unsigned zero points in the shape of `scale`, uint8."""
-        assert isinstance(self.scale, Tensor)  # only codebooks nest their scales
-        if self.zero_point is None:
-            return torch.full_like(self.scale, 1 << (self.bits - 1), dtype=torch.uint8)
-        return unpack_bits(self.zero_point, self.bits, self.scale.shape[-1])
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default:
         `self.dtype`).
         """
         dtype = dtype or self.dtype
-        if len(self.shape) != 2:
-            return self._codebook_range(0, math.prod(self.shape), dtype).reshape(self.shape)
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows, slab in self.slabs(dtype):
             out[rows] = slab
@@ -263,49 +251,16 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows ``start … stop`` restored, ``[stop - start, in]``."""
-        dtype = dtype or self.dtype
-        width = self.shape[1]
-        if self.is_codebook:
-            return self._codebook_range(start * width, stop * width, dtype).view(stop - start, width)
-        if self.scheme == "llm_int8":
-            return (self.packed[start:stop].float() * self.absmax[start:stop, None]).mul_(1 / 127).to(dtype)
-        assert isinstance(self.scale, Tensor)  # only codebooks nest their scales
-        one_scale = self.scale.shape[0] == 1
-        scale = self.scale if one_scale else self.scale[start:stop]
-        if self.packed.dtype == torch.int8:
-            steps = self.packed[start:stop].float()
-        else:
-            zero: Tensor | float = float(1 << (self.bits - 1))
-            if self.zero_point is not None:
-                stored = self.zero_point if one_scale else self.zero_point[start:stop]
-                zero = self._per_column(unpack_bits(stored, self.bits, self.scale.shape[-1]).float())
-            steps = unpack_bits(self.packed[start:stop], self.bits, width).float() - zero
-        return steps.mul_(self._per_column(scale.float())).to(dtype)
+        raise NotImplementedError
 
-    def _per_column(self, per_group: Tensor) -> Tensor:
-        """Spread ``[rows, groups]`` over the columns (or leave it to broadcasting where there is one group)."""
-        if per_group.shape[1] == 1:
-            return per_group
-        if self.group_index is not None:
-            return per_group[:, self.group_index.long()]
-        return per_group.repeat_interleave(self.block_size, 1)[:, : self.shape[1]]
+    # ---- multiplying by it
+    def kernel_weight(self) -> QuantizedWeight | None:
+        """The tensors as the Triton kernels read them, nothing copied; None for layouts that they do not read."""
+        return None
 
-    def _codebook_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Elements ``start … stop`` of the flattened tensor."""
-        first, last = start // 2, (stop + 1) // 2
-        octets = self.packed.reshape(-1)[first:last]
-        values = _pairs(self.scheme, self.device).index_select(0, octets.int()).view(-1)
-        values = values[start - 2 * first :][: stop - start]
-        block = self.block_size
-        first_block, last_block = start // block, -(-stop // block)
-        if isinstance(self.scale, NestedScale):
-            absmax = self.absmax[first_block:last_block]
-        else:
-            absmax = self.scale[first_block:last_block]
-        if start % block == 0 and stop % block == 0:
-            return (values.view(-1, block) * absmax[:, None]).view(-1).to(dtype)
-        spread = absmax.repeat_interleave(block)[start - first_block * block :][: stop - start]
-        return (values * spread).to(dtype)
+    def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        """The tensors as the C++ kernels read them, nothing copied; None for layouts that they do not read."""
+        return None
 
     # ---- moving it
     def to(self, device: torch.device | str) -> QuantizedTensor:
@@ -328,16 +283,3 @@ class QuantizedTensor:
             f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, block_size={self.block_size}, "
             f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
         )
-
-
-_PAIRS: dict[tuple[str, str], Tensor] = {}
-
-
-def _pairs(scheme: str, device: torch.device) -> Tensor:
-    """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
-    key = (scheme, str(device))
-    if key not in _PAIRS:
-        code = codebook(scheme, device)
-        byte = torch.arange(256, device=device)
-        _PAIRS[key] = torch.stack([code[byte >> 4], code[byte & 15]], 1)
-    return _PAIRS[key]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from optinfer.quantization.formats.grid import quantize_linear, round_linear
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import (
     Calibration,
@@ -30,6 +29,7 @@ from optinfer.quantization.methods.calibrate import (
     install,
 )
 from optinfer.quantization.methods.gptq import gptq_quantize
+from optinfer.quantization.methods.grid import Grid
 
 __all__ = [
     "Scaling",
@@ -173,9 +173,7 @@ def _scale(mean_abs: Tensor, alpha: float) -> Tensor:
 def search_scale(
     layer: CalibrationLayer,
     scaling: Scaling,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
+    grid: Grid,
     run: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, list[tuple[float, float]]]:
     """Find the exponent whose scale changes the block's output least after rounding.
@@ -183,7 +181,7 @@ def search_scale(
     Args:
         layer: an observed layer.
         scaling: which inputs to scale.
-        bits, group_size, symmetric: of the rounding to come.
+        grid: what is rounded to.
         run: computes the block's output. None: the block is one linear layer, whose error follows from its Hessian.
 
     Returns:
@@ -199,7 +197,7 @@ def search_scale(
             scale = _scale(statistics.mean_abs, alpha)
             error = 0.0
             for linear, original in zip(linears, originals):
-                rounded = round_linear(original.float() * scale, bits, group_size, symmetric) / scale
+                rounded = grid.round(original.float() * scale) / scale
                 if reference is None:
                     gram = add_gram(torch.zeros_like(statistics.hessian), rounded - original)
                     error += float((gram * statistics.hessian).sum())  # trace((W - Q) H (W - Q)^T)
@@ -217,7 +215,7 @@ def search_scale(
 
 
 @torch.no_grad()
-def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+def clip_weight(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """Shrink each group's range to what leaves the smallest output error after rounding; returns the clipped weight.
 
     A group's error is judged by its own block of the Hessian, so neither tokens nor outputs are needed.
@@ -226,6 +224,8 @@ def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, sym
         weight: ``[out, in]``.
         hessian: ``[in, in]``.
     """
+    group_size = grid.group_size
+    assert isinstance(group_size, int)
     groups = weight.float().unflatten(1, (-1, group_size))  # [out, groups, group]
     count = groups.shape[1]
     at = torch.arange(count, device=weight.device)
@@ -235,7 +235,7 @@ def clip_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int, sym
     kept = groups
     for ratio in CLIPS:
         clipped = groups.clamp(low * ratio, high * ratio)
-        rounded = round_linear(clipped.flatten(1), bits, group_size, symmetric).view_as(groups)
+        rounded = grid.round(clipped.flatten(1)).view_as(groups)
         difference = (rounded - groups).transpose(0, 1)  # [groups, out, group]
         error = ((difference @ blocks) * difference).sum(-1).T
         better = error < best
@@ -277,9 +277,7 @@ def _block_runners(layer: CalibrationLayer, blocks: list[str], tokens: int) -> d
 
 def scale_layer(
     layer: CalibrationLayer,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
+    grid: Grid,
     tokens: int = SEARCH_TOKENS,
     trace: dict[str, list[tuple[float, float]]] | None = None,
 ) -> None:
@@ -288,7 +286,7 @@ def scale_layer(
     scalings = scaling_groups(layer.module)
     runners = _block_runners(layer, [s.block for s in scalings if s.block not in layer.linears], tokens)
     for scaling in scalings:
-        scale, search = search_scale(layer, scaling, bits, group_size, symmetric, runners.get(scaling.block))
+        scale, search = search_scale(layer, scaling, grid, runners.get(scaling.block))
         found.append((scaling, scale))
         if trace is not None:
             trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search
@@ -333,15 +331,16 @@ def awq(
     """
     if rounding not in ("nearest", "gptq"):
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
+    grid = Grid(bits, group_size, symmetric)
     run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, bits, group_size)
+    check_groups(model, grid)
     for module in run.layers.values():
         scaling_groups(module)
     quantized: dict[str, QuantizedTensor] = {}
     others: dict[str, Tensor] = {}
     for layer in run:
         before = {name: p.data.clone() for name, p in unquantized_parameters(layer.module)}
-        scale_layer(layer, bits, group_size, symmetric, search_tokens, trace)
+        scale_layer(layer, grid, search_tokens, trace)
         for name, linear in layer.linears.items():
             hessian = layer.statistics[name].hessian
             if rounding == "gptq":
@@ -349,8 +348,8 @@ def awq(
             else:
                 weight = linear.weight.data
                 if clip and not name.endswith(("q_proj", "k_proj")):
-                    weight = clip_weight(weight, hessian, bits, group_size, symmetric)
-                q = quantize_linear(weight, bits, group_size, symmetric)
+                    weight = clip_weight(weight, hessian, grid)
+                q = grid.quantize(weight)
             layer.put(name, q)
             quantized[f"{layer.name}.{name}"] = q
         for name, p in unquantized_parameters(layer.module):

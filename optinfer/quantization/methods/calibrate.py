@@ -8,7 +8,7 @@ hand its statistics to whoever quantizes it, run it again as quantized to get th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import select_layers, stacked_share
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized, replace_module
 from optinfer.quantization.schemes import Scheme
 
@@ -344,8 +345,9 @@ def decoder_linears(model: Any) -> dict[str, dict[str, nn.Linear]]:
     }
 
 
-def check_groups(model: Any, bits: int, group_size: int) -> None:
+def check_groups(model: Any, grid: Grid) -> None:
     """Raise ValueError unless every linear layer of the decoder can be quantized so."""
+    bits, group_size = grid.bits, grid.group_size
     if isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
@@ -363,7 +365,7 @@ def check_groups(model: Any, bits: int, group_size: int) -> None:
             )
 
 
-def install(model: Any, quantized: dict[str, QuantizedTensor], threshold: float = 6.0) -> Any:
+def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
     """Exchange linear layers for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
     for name, q in quantized.items():
         linear = model.get_submodule(name)

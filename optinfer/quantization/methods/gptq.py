@@ -5,7 +5,7 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 A layer's output is ``W x``, so what matters is not how far a rounded weight is from the original but how far the
 output moves over real inputs: ``sum |(W - Q) x|^2 = trace((W - Q) H (W - Q)^T)`` with ``H`` the sum of ``x x^T``.
 
-Two choices keep that error at or below round to nearest's, always:
+Two grids keep that error at or below round to nearest's, always:
 
 - The grids are those of the original weights ("static groups" in the authors' code). The paper refits each group's grid
   to the weights as compensation has left them; at 2 bits that feeds back: errors as large as the weights widen the next
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.formats.grid import BITS, grid, quantize_linear, resolve_group_size
+from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import Calibration, calibrate, check_groups, install
+from optinfer.quantization.methods.grid import Grid
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
 
@@ -69,7 +70,7 @@ def gptq_quantize(
         damp: this share of the Hessian's mean diagonal is added to its diagonal.
         act_order: visit the columns with the largest inputs first, while most others can still make up for them. Groups
             stay consecutive columns, so the stored format does not change and no kernel has to gather.
-        symmetric: see `rtn.grid`.
+        symmetric: see `scale_and_zero`.
 
     Returns:
         A QuantizedTensor of scheme ``int{bits}`` with the scales and zero points of `quantize_linear`. In no row is
@@ -104,7 +105,9 @@ def gptq_quantize(
 
     top, bottom = (1 << bits) - 1, 1 if symmetric else 0
     groups = weight.detach().float().unflatten(1, (-1, group))
-    scale, zero = (t.T.contiguous() for t in grid(groups.amin(-1), groups.amax(-1), bits, symmetric, weight.dtype))
+    scale, zero = (
+        t.T.contiguous() for t in scale_and_zero(groups.amin(-1), groups.amax(-1), bits, symmetric, weight.dtype)
+    )
     step = torch.where(scale == 0, 1, scale).float()  # each [groups, out]
 
     def nearest(column: Tensor, g: int) -> Tensor:
@@ -127,7 +130,7 @@ def gptq_quantize(
 
     def finish(codes: Tensor) -> QuantizedTensor:
         zeros = None if symmetric else zero.T.contiguous().to(torch.uint8)
-        return QuantizedTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
+        return GridTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
 
     compensated, plain = finish(codes.T.contiguous()), quantize_linear(weight, bits, group, symmetric)
     worse = row_errors(weight, compensated, hessian) > row_errors(weight, plain, hessian)
@@ -197,15 +200,16 @@ def gptq(
     Returns:
         The same model, its linears now `QuantizedLinear`.
     """
+    grid = Grid(bits, group_size, symmetric)
     run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, bits, group_size)
+    check_groups(model, grid)
     quantized: dict[str, QuantizedTensor] = {}
     for layer in run:
         for name, linear in layer.linears.items():
             hessian = layer.statistics[name].hessian
             q = gptq_quantize(linear.weight, hessian, bits, group_size, damp, act_order, symmetric)
             if report is not None:
-                nearest = quantize_linear(linear.weight, bits, group_size, symmetric)
+                nearest = grid.quantize(linear.weight)
                 report.append(
                     {
                         "name": f"{layer.name}.{name}",

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from optinfer.quantization.formats.grid import quantize_linear, round_linear
 from optinfer.quantization.methods.calibrate import calibrate, check_groups, decoder_linears, install
+from optinfer.quantization.methods.grid import Grid
 
 __all__ = ["fake_quantize", "qat"]
 
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-        return round_linear(x.to(dtype), bits, group_size, symmetric).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        return grid.round(x.to(dtype)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return gradient, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 def fake_quantize(
@@ -42,19 +42,18 @@ def fake_quantize(
     Returns:
         ``[out, in]`` in `x.dtype`: exactly the values that the converted weight restores.
     """
-    return _Round.apply(x, bits, group_size, symmetric, dtype or x.dtype)
+    return _Round.apply(x, Grid(bits, group_size, symmetric), dtype or x.dtype)
 
 
 class _FakeQuantized(nn.Module):
     """The parametrization that a training weight is seen through; gradients reach the weight underneath."""
 
-    def __init__(self, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+    def __init__(self, grid: Grid, dtype: torch.dtype) -> None:
         super().__init__()
-        self.options = (bits, group_size, symmetric, dtype)
+        self.grid, self.dtype = grid, dtype
 
     def forward(self, weight: Tensor) -> Tensor:
-        bits, group_size, symmetric, dtype = self.options
-        return fake_quantize(weight, bits, group_size, symmetric, dtype)
+        return _Round.apply(weight, self.grid, self.dtype)
 
 
 def qat(
@@ -88,7 +87,8 @@ def qat(
     from tqdm.auto import tqdm
 
     run = calibrate(model, tokenizer, texts, num_sequences=steps * batch_size, length=length)
-    check_groups(model, bits, group_size)
+    grid = Grid(bits, group_size, symmetric)
+    check_groups(model, grid)
     student = copy.deepcopy(model).float().train()
     student.requires_grad_(False)
     names = [f"{prefix}.{name}" for prefix, linears in decoder_linears(model).items() for name in linears]
@@ -98,9 +98,7 @@ def qat(
         dtype = model.get_submodule(name).weight.dtype
         linear.weight.requires_grad_(True)
         trained.append(linear.weight)
-        parametrize.register_parametrization(
-            linear, "weight", _FakeQuantized(bits, group_size, symmetric, dtype), unsafe=True
-        )
+        parametrize.register_parametrization(linear, "weight", _FakeQuantized(grid, dtype), unsafe=True)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     device = model.get_input_embeddings().weight.device
@@ -131,5 +129,5 @@ def qat(
     for name in names:
         weight = student.get_submodule(name).parametrizations.weight.original.detach()
         dtype = model.get_submodule(name).weight.dtype
-        quantized[name] = quantize_linear(weight.to(dtype), bits, group_size, symmetric)
+        quantized[name] = grid.quantize(weight.to(dtype))
     return install(model, quantized)
