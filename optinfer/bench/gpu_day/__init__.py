@@ -5,4 +5,6 @@
 
 torch, triton and transformers are enough. Written are `day.json` (what was done), `recordings.json` (what was measured),
 `summary.md` (what failed, with the command that repeats it), `tiles.patch` (faster tiles, if any) and `log.txt`.
+
+`OPTINFER_DAY_PYTHON` is the command that stands for Python in the steps, for a rehearsal with a pretended GPU.
 """

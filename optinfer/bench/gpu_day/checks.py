@@ -132,8 +132,36 @@ def paged(tiny: bool, few: bool = False) -> Rows:
         yield _compared("paged", f"{dtype} dim {dim}, group {group}, {context} tokens", compute, exact, limit)
 
 
+def ragged(tiny: bool, few: bool = False) -> Rows:
+    """Several queries per sequence over pages in 16 bits and in int8, as a step of the engine has them."""
+    from optinfer.kv_cache.pool import quantize_kv
+
+    device = hardware.default_device()
+    lengths, counts = ((1, 17, 40), (1, 3, 20)) if tiny or few else ((1, 17, 250, 1000), (1, 3, 1, 70))
+    blocks = -(-max(lengths) // 16)
+    for dtype, int8 in itertools.product(_dtypes(device), (False, True)):
+        k, v = _random(dtype, *2 * [(len(lengths) * blocks, 16, 2, 64)])
+        options: dict[str, Any] = {}
+        if int8:
+            (k, options["k_scale"]), (v, options["v_scale"]) = quantize_kv(k), quantize_kv(v)
+        options |= {
+            "query_starts": torch.tensor([0, *itertools.accumulate(counts)], device=device), "max_queries": max(counts)
+        }  # fmt: skip
+        (q,) = _random(dtype, (sum(counts), 6, 64))
+        tables = torch.randperm(len(lengths) * blocks, device=device).view(len(lengths), blocks).int()
+        arguments = (q, k, v, tables, torch.tensor(lengths, dtype=torch.int32, device=device))
+        exact = paged_attention_reference(*arguments, dtype=torch.float64, **options)
+        plain = _error(paged_attention_reference(*arguments, dtype=dtype, **options), exact)
+        limit = 2 * plain + 4 * OUTPUT_ULP[dtype] * exact.abs().max().item()
+
+        def compute(arguments=arguments, options=options) -> Tensor:
+            return paged_attention(*arguments, backend="triton", **options)
+
+        yield _compared("ragged", f"{dtype}, pages {'int8' if int8 else 'alike'}", compute, exact, limit)
+
+
 def graphs(tiny: bool) -> Rows:
-    """The engine's tokens with CUDA graphs and without; of a model in 16 bits and of quantized ones."""
+    """The engine's tokens as it runs by itself, with CUDA graphs where it can, and without them: in 16 bits and quantized."""
     from optinfer.serving import Engine, SamplingParams
 
     device = hardware.default_device()
@@ -150,19 +178,55 @@ def graphs(tiny: bool) -> Rows:
         if options:
             quantize(model, **options, progress=False)
 
-        def tokens(cuda_graphs: bool, model=model) -> list[list[int]]:
+        def tokens(cuda_graphs: bool | None, model=model) -> list[list[int]]:
             engine = Engine(model, num_blocks=64, max_num_seqs=4, cuda_graphs=cuda_graphs)
             return [done.token_ids for done in engine.generate(prompts, params)]
 
         row: dict[str, Any] = {"check": "graphs", "case": str(options or "16 bits")}
         try:
-            captured, eager = tokens(True), tokens(False)
+            captured, eager = tokens(None), tokens(False)
         except Exception as error:
             _stop_if_lost(error)
             yield row | {"ok": False, "why": f"{type(error).__name__}: {error}"[:300]}
             continue
         same = sum(a == b for x, y in zip(captured, eager, strict=True) for a, b in zip(x, y, strict=True))
         yield row | {"ok": captured == eager, "same_tokens": same, "of": sum(map(len, eager))}
+
+
+def engine(tiny: bool) -> Rows:
+    """The engine with and without CUDA graphs and drafts against `generate`, in float32; its pages against the formula."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from optinfer.kv_cache import kv_bytes_per_token
+    from optinfer.serving import Engine, SamplingParams
+
+    device = hardware.default_device()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    model = model.to(device)
+    prompts = [torch.randint(1, 500, (n,), device="cpu").tolist() for n in (1, 9, 30, 64)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        expected.append(model.generate(ids, max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist())
+    for graphs, draft in itertools.product(
+        (True, False) if device.type == "cuda" else (False,), (None, "prompt_lookup")
+    ):
+        built = Engine(model, num_blocks=64, block_size=16, cuda_graphs=graphs, draft=draft)
+        done = built.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))
+        same = sum(c.token_ids == wanted for c, wanted in zip(done, expected, strict=True))
+        pool = built.runner.pool
+        formula = pool.num_blocks * 16 * kv_bytes_per_token(config, torch.float32)
+        row = {"check": "engine", "case": f"{'graphs' if graphs else 'eager'}, draft {draft}"}
+        yield row | {"ok": same == len(prompts), "same_texts": same, "of": len(prompts)}
+        yield row | {"ok": pool.nbytes == formula, "bytes": pool.nbytes, "formula": formula}
 
 
 def lesson(tiny: bool, name: str) -> Rows:

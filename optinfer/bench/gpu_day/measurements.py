@@ -49,7 +49,7 @@ def quantized_matmul(tiny: bool, out_features: int, in_features: int) -> Rows:
     yield copy
     shape = (128, 256) if tiny else (out_features, in_features)
     for tokens in (1,) if tiny else (1, 16, 4, 64, 8, 32, 2, 128):
-        yield from quantized_suite.compare(*shape, tokens, device, copy["bytes_per_second"], quick=tiny)
+        yield from quantized_suite.compare(*shape, tokens, device, copy["bytes_per_second"], tiny, 2 if tiny else None)
 
 
 def serving(tiny: bool) -> Rows:

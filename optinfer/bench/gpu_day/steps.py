@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +35,8 @@ class Step:
         return call(tiny, **dict(self.options))
 
     def command(self, rows_file: str, tiny: bool) -> list[str]:
-        return [*self.tool, sys.executable, "-m", f"{__package__}.work", self.name, rows_file, *["--tiny"] * tiny]
+        python = shlex.split(os.environ.get("OPTINFER_DAY_PYTHON", "")) or [sys.executable]
+        return [*self.tool, *python, "-m", f"{__package__}.work", self.name, rows_file, *["--tiny"] * tiny]
 
     def missing(self) -> str | None:
         """Why this step cannot run on this machine, as far as can be told before it is tried."""
@@ -51,7 +54,7 @@ def _measured(suite: str, name: str, seconds: int, function: str, /, **options: 
     return Step(name, seconds, f"measurements:{function}", tuple(options.items()), suite)
 
 
-CHECKS = ("attention", "quantized", "paged")
+CHECKS = ("attention", "quantized", "paged", "ragged")
 LESSONS = (
     "00_start_here", "01_quantization", "02_calibrated_quantization", "03_flash_attention", "04_kv_cache",
     "05_speculative_decoding", "06_putting_it_together",
@@ -61,6 +64,7 @@ LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # [out, in
 STEPS = (
     Step("doctor", 60, "checks:doctor"),
     *(Step(f"check-{check}", 120, f"checks:{check}") for check in CHECKS),
+    Step("check-engine", 90, "checks:engine"),
     Step("check-graphs", 90, "checks:graphs"),
     *(_watched(tool, check) for tool in ("memcheck", "racecheck") for check in CHECKS),
     _measured("attention", "attention", 150, "attention"),
