@@ -1,93 +1,152 @@
-"""The day's command: what is right is not done again, what hangs costs one step, and what failed is named with its command."""
+"""The day's command: a step is a process with a limit, what was measured stays, and what failed is named with its command."""
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
-from optinfer.bench import gpu_checks, gpu_day
-from optinfer.bench.gpu_day import Day, Step
+from optinfer import results
+from optinfer.bench.gpu_day import checks, steps, tiles, work
+from optinfer.bench.gpu_day.__main__ import run_day
+from optinfer.bench.gpu_day.journal import Journal
+from optinfer.bench.gpu_day.steps import STEPS, Step
 
-RIGHT = Step("right", 60, ("platform",))
-FAILS = Step("fails", 60, ("no_such_module",))
-HANGS = Step("hangs", 1.0, ("timeit", "-n1", "-r1", "import time; time.sleep(60)"))
-MISSING = Step("missing", 60, ("platform",), "no-such-program --flag")
+ROOT = Path(__file__).parents[1]
 
 
-def test_each_step_is_written_and_only_what_is_not_right_is_done_again(tmp_path):
-    day = Day(tmp_path, minutes=5)
-    assert not day.run([RIGHT, FAILS, HANGS, MISSING])
-    found = json.loads((tmp_path / "day.json").read_text())
-    outcomes = {name: entry["outcome"] for name, entry in found.items()}
-    assert outcomes == {
-        "right": "right", "fails": "failed with code 1", "hangs": "cut after 1 s", "missing": "not here"
+@dataclasses.dataclass(frozen=True)
+class Script(Step):
+    """A step whose process runs this code; `rows` is the file for its rows."""
+
+    code: str = ""
+
+    def command(self, rows_file, tiny):
+        head = "import json, sys, time; rows = open(sys.argv[1], 'a')\n"
+        head += "def say(**line): rows.write(json.dumps(line) + '\\n'); rows.flush()\n"
+        return [*self.tool, sys.executable, "-c", head + self.code, rows_file]
+
+
+FACTS = {"device": "Some GPU", "capability": [9, 0], "date": "2026-01-01T00:00:00", "versions": {}}
+SAYS = f"say(provenance={FACTS})\nsay(row={{'peer': 'a', 'seconds': 1.5}})\n"
+RIGHT = Script("doctor", 60, "", code=SAYS)
+MEASURED = Script("attention", 60, "", suite="attention", code=SAYS)
+FAILS = Script("check-attention", 60, "", code="say(row={'case': 'odd', 'ok': False, 'error': 3})\nraise SystemExit(1)")
+HANGS = Script(
+    "speculative", 2, "", suite="speculative", code=SAYS + "rows.write('{\"row\": {'); rows.flush(); time.sleep(60)"
+)
+MISSING = Step("memcheck-paged", 60, "", tool=("no-such-program",))
+
+
+def outcomes(journal):
+    return {name: entry["status"] for name, entry in journal.steps.items()}
+
+
+def test_each_step_is_written_and_what_a_cut_leaves_is_kept(tmp_path):
+    run_day(Journal(tmp_path), 5, [RIGHT, MEASURED, FAILS, HANGS, MISSING])
+    journal = Journal(tmp_path)  # as another process reads it
+    assert outcomes(journal) == {
+        "doctor": "done", "attention": "done", "check-attention": "failed", "speculative": "out of time",
+        "memcheck-paged": "not here",
     }  # fmt: skip
-    summary = (tmp_path / "summary.md").read_text()
-    assert f"{sys.executable} -m no_such_module" in summary and "No module named no_such_module" in summary
-    again = Day(tmp_path, minutes=5)
-    assert again.done == found
-    again.done["right"]["seconds"] = -1.0  # would be overwritten if it ran
-    again.run([RIGHT, FAILS])
-    assert again.done["right"]["seconds"] == -1.0 and again.done["fails"]["outcome"].startswith("failed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["day.json", "summary.md"]
+    summary = journal.summary()
+    assert "--only check-attention --out" in summary and "odd: 3" in summary and "no-such-program is not" in summary
+    rows = {record["suite"]: record["rows"] for record in journal.recordings.values()}
+    assert rows["speculative"] == [
+        {"peer": "a", "seconds": 1.5, "step": "speculative"}
+    ]  # the whole lines of the hung step
+    assert len(list(tmp_path.iterdir())) <= 8
 
 
-def test_the_minutes_are_kept(tmp_path):
-    now = [0.0]
-    day = Day(tmp_path, minutes=1, clock=lambda: now[0])
-    now[0] = 50.0
-    assert day.run([RIGHT])
-    assert day.done["right"]["outcome"] == "no time"
-    with pytest.raises(ValueError, match="minutes must be positive"):
-        Day(tmp_path, minutes=0)
+def test_a_second_run_goes_on_and_only_repeats(tmp_path):
+    run_day(Journal(tmp_path), 5, [MEASURED])
+    journal = Journal(tmp_path)
+    journal.steps["attention"]["seconds"] = -1
+    run_day(journal, 5, [MEASURED, RIGHT])
+    assert journal.steps["attention"]["seconds"] == -1 and journal.steps["doctor"]["status"] == "done"
+    run_day(journal, 5, [MEASURED], again=True)
+    assert journal.steps["attention"]["seconds"] >= 0
+    assert [len(record["rows"]) for record in journal.recordings.values()] == [1]
 
 
-def test_every_step_can_be_called_and_leaves_few_files(tmp_path):
-    steps = gpu_day.steps(tmp_path)
-    assert [s.name for s in steps[:3]] == ["doctor", "kernels", "engine"]  # right before fast
-    for step in steps:
-        if "--step" in step.arguments:
-            assert step.arguments[step.arguments.index("--step") + 1] in gpu_day.WORK
-    assert len(gpu_day.SUITES) + 2 <= 8
+def test_what_does_not_fit_is_named_and_comes_the_next_time(tmp_path):
+    now = iter([0.0, 50.0, 50.0])
+    journal = Journal(tmp_path)
+    run_day(journal, 1, [RIGHT, MEASURED], clock=lambda: next(now))
+    assert set(outcomes(journal).values()) == {"not run"} and "10 s were left" in journal.steps["doctor"]["why"]
+    run_day(journal, 5, [RIGHT])
+    assert journal.steps["doctor"]["status"] == "done"
 
 
-def test_the_engine_check_passes_and_can_fail(monkeypatch):
-    rows = gpu_checks.engine(torch.device("cpu"))
-    assert all(row["same texts"] == row["of"] for row in rows)
-
-    def zeros(self, ids, **options):
-        return torch.cat([ids, torch.zeros(1, 16, dtype=ids.dtype)], dim=1)
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", zeros)
-    with pytest.raises(AssertionError, match="4 of 4 texts differ"):
-        gpu_checks.engine(torch.device("cpu"))
+def test_recordings_are_read_by_results(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "day")
+    run_day(journal, 5, [MEASURED])
+    (path,) = journal.keep(tmp_path / "data" / "results")
+    assert path.name == "attention-some-gpu.json" and results.read(path).rows == [{"peer": "a", "seconds": 1.5}]
+    monkeypatch.setattr("optinfer.data.root", lambda: tmp_path)
+    assert results.load("attention").chip == "Some GPU"
 
 
-def test_the_kernel_check_can_fail(monkeypatch):
+def test_the_plan():
+    assert [step.name for step in STEPS[:2]] == ["doctor", "check-attention"]  # right before fast
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    for step in STEPS:
+        module, function = step.work.split(":")
+        assert callable(getattr(__import__(f"{steps.__package__}.{module}", fromlist=[function]), function))
+
+
+def test_a_wrong_kernel_is_a_failed_row_and_one_that_raises_too(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(gpu_checks, "_attention", lambda device, dtype: [])
-    monkeypatch.setattr(gpu_checks, "_paged", lambda device, dtype: [])
-    assert gpu_checks.kernels(torch.device("cpu"))
-    row = {"kernel": "k", "case": "c", "error": float("nan"), "bound": 1.0}
-    monkeypatch.setattr(gpu_checks, "_products", lambda device, dtype: [row])
-    with pytest.raises(AssertionError, match="beyond rounding: k c"):
-        gpu_checks.kernels(torch.device("cpu"))
+    monkeypatch.setattr(checks, "paged_attention", lambda q, *a, **k: q * float("nan"))
+    assert work.work("check-paged", tmp_path / "rows", tiny=True) == 1
+    lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert not any(line["row"]["ok"] for line in lines if "row" in line)
+    monkeypatch.setattr(checks, "paged_attention", lambda *a, **k: 1 / 0)
+    assert all("ZeroDivisionError" in row["why"] for row in checks.paged(tiny=True))
+
+
+@pytest.mark.parametrize("check", [checks.paged, checks.ragged, checks.engine])
+def test_the_checks_hold_here(check):
+    pytest.importorskip("triton")
+    rows = list(check(tiny=True))
+    assert rows and all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+
+
+def test_tiles_become_a_patch_that_python_reads(tmp_path):
+    pytest.importorskip("triton")
+    row = {"step": "tiles-attention", "arch": 90, "head_dim": 128}
+    rows = [
+        {**row, "kernel": kernel, "tile": [64, 64, 4, n], "in_use": n == 2, "seconds": seconds}
+        for kernel in ("flash_attention", "flash_attention_tma", "flash_attention_ws")
+        for n, seconds in ((2, 1.0), (3, 0.5))
+    ]
+    for path, before, after in tiles.proposals(rows):
+        name = Path(path).stem
+        space = {"__name__": name, "__file__": path}
+        added = [line for line in after.splitlines() if line not in before.splitlines()]
+        assert len(added) == 1
+        module = __import__(f"optinfer_kernels.{name}", fromlist=["TILES"])
+        space |= {"TILES": dict(module.TILES), "Tile": module.Tile}
+        exec(added[0], space)
+        assert module.Tile(64, 64, 4, 3) in (
+            space["TILES"].values() if name.endswith("ws") else space["TILES"][90].values()
+        )
+    slower = [{**r, "seconds": 1.0} for r in rows]
+    assert not tiles.proposals(slower)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["h100", "t4"])
 def test_rehearsed_on_a_pretended_card(card, tmp_path, monkeypatch):
-    """The first steps, as on the day: each in a process that pretends."""
+    """Everything but the lessons, as on the day: each step in a process that pretends."""
+    pytest.importorskip("triton")
     monkeypatch.setenv("PRETEND_GPU", card)
     monkeypatch.setenv("OPTINFER_DAY_PYTHON", f"{sys.executable} -m tests.pretend_gpu")
-    monkeypatch.chdir(Path(__file__).parents[1])
-    wanted = [
-        step for step in gpu_day.steps(tmp_path) if step.name in ("doctor", "kernels", "engine", "paged_attention")
-    ]
-    wanted = [Step(step.name, 600, step.arguments) for step in wanted]
-    day = Day(tmp_path, minutes=30, quick=True)
-    assert day.run(wanted), day.summary()
-    assert {entry["outcome"] for entry in day.done.values()} == {"right"}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    monkeypatch.chdir(ROOT)
+    wanted = [dataclasses.replace(s, seconds=600) for s in STEPS if not s.name.startswith("lesson") and not s.tool]
+    journal = Journal(tmp_path)
+    run_day(journal, 90, wanted, tiny=True)
+    assert set(outcomes(journal).values()) == {"done"}, journal.summary()

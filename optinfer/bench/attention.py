@@ -149,7 +149,7 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
         rows.append(row)
         try:
             out = attend(q, k, v)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # another library's, of any kind; ours are checked elsewhere
             row["skipped"] = str(error).strip().split("\n")[0][:80]
             continue
         if exact is not None:

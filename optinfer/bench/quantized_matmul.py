@@ -82,9 +82,18 @@ def peers(device: torch.device) -> dict[str, Callable[[Tensor], Prepared]]:
 
 
 def compare(
-    out_features: int, in_features: int, tokens: int, device: torch.device, copy_rate: float, quick: bool
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    device: torch.device,
+    copy_rate: float,
+    quick: bool,
+    most_copies: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per peer on one product. A peer that is wrong is an error; one that cannot run has a `skipped` reason."""
+    """One row per peer on one product. A peer that is wrong is an error; one that cannot run has a `skipped` reason.
+
+    most_copies: of a packed weight, for rehearsals; None: as many as no cache holds.
+    """
     dtype = hardware.default_dtype(device)
     generator = torch.Generator().manual_seed(out_features + in_features)
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu").mul_(0.02).to(device, dtype)
@@ -103,6 +112,7 @@ def compare(
             first = prepare(weight)
             row |= {"read_bytes": first.nbytes, "error": check(name, first, weight, x)}
             copies[name] = copies_past_the_cache(first.nbytes) if not quick or device.type == "cuda" else 2
+            copies[name] = min(copies[name], most_copies or copies[name])
             packed = [first, *(prepare(weight) for _ in range(copies[name] - 1))]
             calls[name] = one_after_another([functools.partial(p.apply, x) for p in packed], device)
         except AssertionError:

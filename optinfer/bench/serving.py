@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import random
 import tempfile
@@ -257,7 +258,7 @@ def throughput(
 ) -> list[dict[str, Any]]:
     """Serve the trace with every peer in turn, after a warm-up, `rounds` times; the order rotates.
 
-    Raises RuntimeError if a peer leaves out tokens.
+    Raises RuntimeError if a peer leaves out tokens. One of transformers' ways that cannot run here is `skipped`, with why.
     """
     engines: dict[str, Engine] = {}
 
@@ -285,18 +286,28 @@ def throughput(
             peer.serve(trace)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     results: dict[str, list[Served]] = {}
+    skipped: dict[str, str] = {}
     names = list(peers)
     turns = [names[(turn + i) % len(names)] for turn in range(rounds) for i in range(len(names))]
     with tqdm(turns, desc=f"{len(trace)} requests", unit="run") as bar:
         for name in bar:
             bar.set_postfix_str(name)
-            results[name], took = peers[name]()
+            if name in skipped:
+                continue
+            try:
+                results[name], took = peers[name]()
+            except Exception as error:  # another library's, of any kind
+                if not name.startswith("transformers"):
+                    raise
+                skipped[name] = f"{type(error).__name__}: {error}".split("\n")[0][:80]
+                seconds.pop(name)
+                continue
             seconds[name].append(took)
             if [done.num_tokens for done in results[name]] != [request.max_tokens for request in trace]:
                 raise RuntimeError(f"{name} did not generate what the trace asks for")
     num_tokens = sum(request.max_tokens for request in trace)
-    base = median(seconds["transformers generate_batch"])
-    return [
+    base = median(seconds.get("transformers generate_batch", [math.nan]))
+    measured = [
         {
             "suite": "throughput",
             "peer": name,
@@ -305,12 +316,17 @@ def throughput(
             "seconds": median(times),
             "samples": times,
             "tokens_per_second": num_tokens / median(times),
-            "against_generate_batch": base / median(times),
+            "against_generate_batch": None if math.isnan(base) else base / median(times),
             **_percentiles(results[name]),
             **(_memory(engines[name]) if name in engines else {}),
         }
         for name, times in seconds.items()
     ]
+    unmeasured = [
+        {"suite": "throughput", "peer": name, "requests": len(trace), "seconds": None, "skipped": why}
+        for name, why in skipped.items()
+    ]
+    return measured + unmeasured
 
 
 def latency(model: Any, trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[dict[str, Any]]:

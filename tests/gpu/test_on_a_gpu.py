@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optinfer.bench import gpu_checks
+from optinfer.bench.gpu_day import checks
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -20,12 +20,10 @@ pytestmark = [
 ]
 
 
-def test_compiled_kernels_against_float64():
-    assert gpu_checks.kernels(torch.device("cuda"))
-
-
-def test_the_engine_with_and_without_graphs_against_generate():
-    assert {row["graphs"] for row in gpu_checks.engine(torch.device("cuda"))} == {True, False}
+@pytest.mark.parametrize("check", ["attention", "quantized", "paged", "ragged", "engine"])
+def test_what_the_day_checks(check):
+    rows = list(getattr(checks, check)(tiny=False))
+    assert rows and not [row for row in rows if not row["ok"]]
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "int4"])
@@ -72,12 +70,15 @@ def test_two_streams_of_one_engine_each():
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
+def test_compute_sanitizer(tool, tmp_path):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
     command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, sys.executable, "-m"]
     done = subprocess.run(
-        [*command, "optinfer.bench.gpu_day", "--step", "kernels"], capture_output=True, text=True, cwd=ROOT
+        [*command, "optinfer.bench.gpu_day.work", "check-attention", tmp_path / "rows", "--tiny"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
