@@ -155,7 +155,8 @@ def ragged(tiny: bool, few: bool = False) -> Rows:
         limit = 2 * plain + 4 * OUTPUT_ULP[dtype] * exact.abs().max().item()
 
         def compute(arguments: Any = arguments, options: dict[str, Any] = options) -> Tensor:
-            return paged_attention(*arguments, backend="triton", **options)
+            query, keys, values, blocks, lens = arguments
+            return paged_attention(query, keys, values, blocks, lens, backend="triton", **options)
 
         yield _compared("ragged", f"{dtype}, pages {'int8' if int8 else 'alike'}", compute, exact, limit)
 
