@@ -155,7 +155,7 @@ def ragged(tiny: bool, few: bool = False) -> Rows:
         limit = 2 * plain + 4 * OUTPUT_ULP[dtype] * exact.abs().max().item()
 
         def compute(arguments=arguments, options=options) -> Tensor:
-            return paged_attention(*arguments, backend="triton", **options)
+            return paged_attention(*arguments, **(options | {"backend": "triton"}))
 
         yield _compared("ragged", f"{dtype}, pages {'int8' if int8 else 'alike'}", compute, exact, limit)
 
