@@ -23,6 +23,9 @@ from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one
 __all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers", "unquantized_weights"]
 
 
+SMALL_SHARE = 0.02  # of a model's weights: so much may be left without being asked
+
+
 @dataclass(frozen=True)
 class Selection:
     """What is to be quantized.
@@ -186,21 +189,21 @@ def _check_patterns(patterns: list[str], names: list[str]) -> None:
 
 
 def _other_stacks(model: nn.Module, patterns: list[str]) -> dict[str, str]:
-    """Stacks of matrices in one parameter that are no known kind of experts: left only where the caller says so.
+    """Stacks of matrices in one parameter that are no known kind of experts: left where the caller says so, or where they are
+    small, such as a table of positions.
 
-    Raises ValueError: he does not.
+    Raises ValueError: he does not, and they are a share of the weights that he should know of.
     """
     known = expert_stacks(model)
     stacks = {name: parameter for name, parameter in _stacks(model).items() if name not in known}
     unnamed = [name for name in stacks if not _skipped(name, patterns)]
-    if unnamed:
-        share = stacked_share(model, unnamed)
+    if (share := stacked_share(model, unnamed)) > SMALL_SHARE:
         raise ValueError(
             f"{type(model).__name__} holds {share:.0%} of its weights in stacks of matrices ({unnamed[0]} and "
             f"{len(unnamed) - 1} more), not in linear layers; they are not quantized here. To quantize the rest and leave "
             f"them as they are, pass skip=[{unnamed[0].rsplit('.', 1)[-1]!r}, …] or the name of what holds them"
         )
-    return dict.fromkeys(stacks, "skip")
+    return {name: "a stack of matrices" if name in unnamed else "skip" for name in stacks}
 
 
 def stacked_share(model: nn.Module, names: Iterable[str]) -> float:

@@ -154,8 +154,8 @@ def ragged(tiny: bool, few: bool = False) -> Rows:
         plain = _error(paged_attention_reference(*arguments, dtype=dtype, **options), exact)
         limit = 2 * plain + 4 * OUTPUT_ULP[dtype] * exact.abs().max().item()
 
-        def compute(arguments=arguments, options=options) -> Tensor:
-            return paged_attention(*arguments, **(options | {"backend": "triton"}))
+        def compute(arguments: Any = arguments, options: dict[str, Any] = options) -> Tensor:
+            return paged_attention(*arguments, backend="triton", **options)
 
         yield _compared("ragged", f"{dtype}, pages {'int8' if int8 else 'alike'}", compute, exact, limit)
 
