@@ -39,7 +39,7 @@ class ModelRunner:
         attention_backend: of `paged_attention`: "triton", "loops", "sdpa", "reference", or "auto".
         kv_dtype: of the pages, e.g. torch.int8; None: the model's.
         cuda_graphs: run decode steps from CUDA graphs, one per batch size (see `GraphedDecode`). None: on a GPU, for the
-            families of `LeanDecoder`.
+            families of `LeanDecoder`, unless in llm_int8: how many features stay in 16 bits is known step by step only.
         compile: compile the lean decoder by torch.compile. Worth trying on a GPU; on a CPU it needs a C++ compiler and
             a minute per shape.
         max_graph_size: largest batch that is captured.
@@ -95,7 +95,8 @@ class ModelRunner:
                 raise ValueError(f"{name} needs a Llama-like model and fuse=True")
         if self._cuda_graphs and weight.device.type != "cuda":
             raise ValueError(f"cuda_graphs=True needs a model on a GPU; this one is on {weight.device}")
-        with_graphs = weight.device.type == "cuda" and self._lean if self._cuda_graphs is None else self._cuda_graphs
+        capturable = weight.device.type == "cuda" and self._lean and not has_outliers(self.model)
+        with_graphs = capturable if self._cuda_graphs is None else self._cuda_graphs
         scratch = 1 if with_graphs else 0
         dtype = self._kv_dtype or weight.dtype
         self.pool = KVPool(*needs.kv_shape, self._num_blocks + scratch, self._block_size, dtype, weight.device)
@@ -203,3 +204,9 @@ class ModelRunner:
             )
         logits = out.logits[0] if self._keep_logits else out.logits[0, batch.logit_rows]
         return logits, out.hidden_states[-1][0] if self.keep_hidden else None
+
+
+def has_outliers(model: Any) -> bool:
+    """Whether a layer looks at its input for features to keep in 16 bits (llm_int8), as no CUDA graph can."""
+    schemes = (getattr(module, "scheme", None) for module in model.modules())
+    return any(getattr(scheme, "name", None) == "llm_int8" for scheme in schemes)

@@ -111,3 +111,15 @@ def test_a_compiled_decoder_gives_the_same_text(model, reference):
     prompts = [[5, 6, 7], [9] * 7]
     done = engine.generate(prompts, SamplingParams(max_tokens=6))
     assert [c.token_ids for c in done] == [reference(p, 6) for p in prompts]
+
+
+def test_what_looks_for_outliers_is_not_captured_by_default(model):
+    """How many features stay in 16 bits is read from the GPU in every step, which ends a capture."""
+    import copy
+
+    from optinfer import quantize
+    from optinfer.serving.model_runner import has_outliers
+
+    assert not has_outliers(model)
+    assert has_outliers(quantize(copy.deepcopy(model), "llm_int8", progress=False))
+    assert not has_outliers(quantize(copy.deepcopy(model), "int8", progress=False))

@@ -65,7 +65,7 @@ STEPS = (
     Step("doctor", 60, "checks:doctor"),
     *(Step(f"check-{check}", 120, f"checks:{check}") for check in CHECKS),
     Step("check-engine", 90, "checks:engine"),
-    Step("check-graphs", 90, "checks:graphs"),
+    Step("check-graphs", 120, "checks:graphs"),
     *(_watched(tool, check) for tool in ("memcheck", "racecheck") for check in CHECKS),
     _measured("attention", "attention", 150, "attention"),
     _measured("paged_attention", "paged-attention", 60, "paged_attention"),
