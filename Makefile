@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICK := not slow and not nightly and not compile and not browser and not book and not versions and not gpu
 
-.PHONY: lab test test-gpu setup book notebooks lint test-slow clean
+.PHONY: help lab test test-gpu setup book notebooks lint clean
 
 lab: setup  ## open JupyterLab on notebook 00
 	@$(BIN)/optinfer lab
@@ -35,7 +35,15 @@ test-gpu: setup  ## the package on a GPU, or on a pretended one
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(GPU_TESTS) $(ROOMS); else \
 		for card in h100 t4; do PRETEND_GPU=$$card $(GPU_TESTS) -p tests.pretend_gpu.plugin $(ROOMS) || exit 1; done; fi
 
-lint: setup
+# One room each, in a minute or two: `make test-serving`.
+test-%: setup
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "$(QUICK)" tests/$*
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@echo "test-ROOM     the tests of one room: $$(ls -d tests/*/ | xargs -n1 basename | grep -v __ | tr '\n' ' ')"
+
+lint: setup ## formatting, style, types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
