@@ -40,7 +40,9 @@ class Arrival:
 
 
 def arrival_times(rate: float, count: int, burstiness: float = 1.0, seed: int = 0) -> list[float]:
-    """When requests come: gaps are drawn from a gamma distribution of mean 1/rate.
+    """When requests come: gaps are drawn from a gamma distribution of mean 1/rate, and scaled so that this trace has the rate.
+
+    (Short traces differ in their rates by a quarter and more; comparing two of them would compare that.)
 
     Args:
         rate: requests per second.
@@ -53,8 +55,8 @@ def arrival_times(rate: float, count: int, burstiness: float = 1.0, seed: int = 
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}")
     rng = random.Random(seed)
-    gaps = (rng.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(count))
-    return list(itertools.accumulate(gaps))
+    times = list(itertools.accumulate(rng.gammavariate(burstiness, 1.0) for _ in range(count)))
+    return [time * count / (rate * times[-1]) for time in times]
 
 
 # ---------------------------------------------------------------------------------------------- what a step costs
