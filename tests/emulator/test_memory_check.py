@@ -90,11 +90,19 @@ def test_atomics_may_meet_and_nothing_stays_patched():
 
 def variant(exercise, change):
     """The solution of an exercise with its source changed."""
-    return exercise.wrong_answer(Wrong("changed", "", change))
+    edits = change if isinstance(change[0], tuple) else (change,)
+    return exercise.wrong_answer(Wrong("changed", "", *edits))
 
 
 OTHERS_ROWS = ("out_ptr + rows[:, None] * DIM", "out_ptr + (rows[:, None] // 2) * DIM")
+NO_LOAD_MASKS = (
+    ("q = tl.load(q_ptr + rows[:, None] * DIM + dims[None, :], mask=rows[:, None] < length, other=0.0)",
+     "q = tl.load(q_ptr + rows[:, None] * DIM + dims[None, :])"),
+    *((f"{x} = tl.load({x}_ptr + columns[:, None] * DIM + dims[None, :], mask=columns[:, None] < length, other=0.0)",
+       f"{x} = tl.load({x}_ptr + columns[:, None] * DIM + dims[None, :])") for x in "kv"),
+)  # fmt: skip
 WRONG = [
+    (TRITON_FLASH, NO_LOAD_MASKS),
     (TRITON_FLASH, ("mask=rows[:, None] < length, other=0.0", "mask=rows[:, None] < 1000000, other=0.0")),
     (TRITON_FLASH, OTHERS_ROWS),
     (TRITON_SOFTMAX, ("mask=offsets < columns, other", "mask=offsets < BLOCK, other")),
