@@ -14,7 +14,7 @@ class Router:
     """Several engines behind one front; add requests, then `step`, as with one.
 
     Args:
-        engines: `Engine`s of the same model, or `Rehearsal`s.
+        engines: each an `Engine` of the same model, or each a `Rehearsal`.
         policy: "prefix": the engine that holds most of the prompt, and of equals the one with least to do; "load": the one
             with least to do; "turns": one after the other.
         max_imbalance: with "prefix", an engine that has so many tokens more to compute than the idlest is passed over:
