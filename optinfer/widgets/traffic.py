@@ -31,7 +31,7 @@ class TrafficExplorer(StaticWidget):
 .oi-traffic .waiting { fill: var(--oi-orange); } .oi-traffic .running { fill: var(--oi-blue); }
 .oi-traffic .sw { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 4px; }
 .oi-traffic .sw.waiting { background: var(--oi-orange); } .oi-traffic .sw.running { background: var(--oi-blue); }
-.oi-traffic .broken { color: var(--oi-red); font-weight: 600; }
+.oi-traffic .broken { color: var(--oi-red-text); font-weight: 600; }
 """
     rates = traitlets.List().tag(sync=True)
     budgets = traitlets.List().tag(sync=True)
