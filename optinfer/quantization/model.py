@@ -35,7 +35,7 @@ def quantize(
 
     Args:
         model: a transformers model or any module, weights in float32, bfloat16 or float16.
-        scheme: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4``.
+        scheme: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
         block_size: weights per scale; None: the scheme's default (64; int8 and fp8: a row). ``"channel"``: a row.
         double_quant: nf4 and fp4: store the scales in 8 bits too.
         symmetric: int2 … int8: False stores a zero point with each scale.

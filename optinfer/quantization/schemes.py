@@ -13,6 +13,8 @@ from optinfer.quantization.checks import check_choice
 from optinfer.quantization.formats.codebook import CodebookTensor
 from optinfer.quantization.formats.grid import BITS, GridTensor
 from optinfer.quantization.formats.llm_int8 import Int8Rows
+from optinfer.quantization.formats.q4_1 import GROUP as Q4_1_GROUP
+from optinfer.quantization.formats.q4_1 import Q41Tensor
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
 from optinfer.quantization.number_formats import CODEBOOKS
@@ -25,7 +27,7 @@ class Scheme:
     """A scheme with its options settled.
 
     Attributes:
-        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4``.
+        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
         block_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
         double_quant: nf4 and fp4 only: store the scales in 8 bits too.
         symmetric: int2 … int8 only: no zero points.
@@ -79,6 +81,7 @@ _FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
     **dict.fromkeys(CODEBOOKS, (CodebookTensor, 4)),
     **{name: (BlockFloats, form.bits) for name, form in BLOCK_FORMATS.items()},
     "llm_int8": (Int8Rows, 8),
+    "q4_1": (Q41Tensor, 4),
 }
 
 # Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does
@@ -95,6 +98,7 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp8": Scheme("mxfp8", 32),
     "mxfp4": Scheme("mxfp4", 32),
     "nvfp4": Scheme("nvfp4", 16),
+    "q4_1": Scheme("q4_1", Q4_1_GROUP),
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optinfer import cpu
 from optinfer.cpu import structs
-from optinfer.quantization import quantize_4bit, quantize_linear
+from optinfer.quantization import SCHEMES, quantize_4bit, quantize_linear
 from optinfer.quantization.formats.cpu import as_cpu_weight
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="no C++ compiler here")
@@ -67,6 +67,14 @@ def test_linear_codes(rows, columns, tokens, bits, symmetric, group, dtype):
     assert weight is not None
     x = torch.randn(tokens, columns)
     assert_within_rounding(product(x, weight, 1), x, q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**shapes, dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+def test_codes_with_a_minimum(rows, columns, tokens, dtype):
+    q = SCHEMES["q4_1"].quantize((torch.randn(rows, columns) + torch.randn(rows, 1)).to(dtype))
+    x = torch.randn(tokens, columns)
+    assert_within_rounding(product(x, as_cpu_weight(q), 1), x, q)
 
 
 @settings(max_examples=60, deadline=None)
