@@ -138,7 +138,7 @@ def main() -> int:
             model, tokenizer = optinfer.load_model(dtype=dtype, device="cpu")
             folder = Path(temporary) / name
             if name == "W4A16":
-                quantized = optinfer.quantize(model, "int4", block_size=64, symmetric=True, progress=False)
+                quantized = optinfer.quantize(model, "int4", group_size=64, symmetric=True, progress=False)
                 optinfer.save_checkpoint(quantized, folder, "compressed-tensors", tokenizer)
             else:
                 model.save_pretrained(folder)

@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "nf4 + double quantization": {"name": "nf4", "double_quant": True},
-    "int4": {"name": "int4", "block_size": 64},
+    "int4": {"name": "int4", "group_size": 64},
 }
 
 

@@ -96,7 +96,7 @@ class CpuWeight:
         cls,
         packed: Tensor,
         shape: tuple[int, int],
-        block_size: int,
+        group_size: int,
         values: Tensor,
         absmax: Tensor,
         nested: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -111,15 +111,15 @@ class CpuWeight:
             nested: double quantization: (dynamic map float32 [256], absmax float32 per 256 blocks, offset float32 []).
         """
         rows, columns = shape
-        if not _readable(packed, bias) or columns % block_size or block_size % 32:
+        if not _readable(packed, bias) or columns % group_size or group_size % 32:
             return None
-        blocks = rows * columns // block_size
+        blocks = rows * columns // group_size
         _check("packed", packed.view(-1), (rows * columns // 2,))
         _check("absmax", absmax, (blocks,))
         if nested is not None:
             _check("nested absmax", nested[1], (-(-blocks // 256),))
         struct = _struct(structs.CODEBOOK, shape, columns // 2, packed)
-        struct.group, struct.groups = block_size, columns // block_size
+        struct.group, struct.groups = group_size, columns // group_size
         largest = float(values.abs().max())
         steps = (values.double() * (LARGEST_VALUE / largest)).round().to(torch.int32).tolist()
         struct.values = (ctypes.c_uint8 * 32)(*(s & 255 for s in steps), *(s >> 8 & 255 for s in steps))

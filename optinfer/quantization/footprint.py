@@ -21,7 +21,7 @@ def memory_footprint(
     scheme: str | Scheme | None = None,
     *,
     dtype: torch.dtype | None = None,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     skip: str | Iterable[str] = (),
@@ -34,7 +34,7 @@ def memory_footprint(
             it is.
         scheme: as for `quantize`; None: not quantized.
         dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
-        block_size, double_quant, symmetric, skip: as for `quantize`.
+        group_size, double_quant, symmetric, skip: as for `quantize`.
 
     Returns:
         Bytes of all parameters, tied ones once. Buffers (rotary tables, some kilobytes) are not weights.
@@ -43,7 +43,7 @@ def memory_footprint(
         ValueError: as `quantize`: unknown scheme or option, stacks of matrices of an unknown kind, quantized already.
     """
     if scheme is not None and not isinstance(scheme, Scheme):
-        scheme = resolve_scheme(scheme, block_size, double_quant, symmetric)
+        scheme = resolve_scheme(scheme, group_size, double_quant, symmetric)
     model = config_or_model
     if not isinstance(model, nn.Module):
         model = empty_model(config_or_model, dtype or torch.bfloat16)

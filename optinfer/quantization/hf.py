@@ -43,10 +43,11 @@ class OptinferConfig(QuantizationConfigMixin):
     """How to quantize a model on load: what `quantize` takes, as a configuration that travels with a checkpoint.
 
     Args:
-        scheme, double_quant, block_size, symmetric, threshold: see `optinfer.quantization.quantize`.
+        scheme, double_quant, group_size, symmetric, threshold: see `optinfer.quantization.quantize`.
         modules_to_not_convert: names of further layers to leave alone, as `quantize` takes them in `skip`. In the
             configuration of a quantized model: the full names of all linear layers that hold ordinary weights.
         act_order: columns carry a group index (checkpoints from GPTQ in activation order).
+        block_size: what older folders call `group_size`.
 
     Raises:
         ValueError: unknown scheme, or an option the scheme does not have.
@@ -56,19 +57,21 @@ class OptinferConfig(QuantizationConfigMixin):
         self,
         scheme: str = "nf4",
         double_quant: bool = False,
-        block_size: int | str | None = None,
+        group_size: int | str | None = None,
         symmetric: bool = True,
         threshold: float = 6.0,
         modules_to_not_convert: list[str] | None = None,
         act_order: bool = False,
         quant_method: str = METHOD,
+        block_size: int | str | None = None,
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
-        resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
+        group_size = block_size if group_size is None else group_size
+        resolved = resolve_scheme(scheme, group_size, double_quant, symmetric, threshold)
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration is closed, plug-ins use strings
         self.scheme = resolved.name
-        self.block_size = resolved.block_size
+        self.group_size = resolved.group_size
         self.double_quant = resolved.double_quant
         self.symmetric = resolved.symmetric
         self.threshold = resolved.threshold
@@ -83,7 +86,7 @@ class OptinferConfig(QuantizationConfigMixin):
 
     def resolve(self) -> Scheme:
         """The scheme this configuration describes."""
-        return Scheme(self.scheme, self.block_size, self.double_quant, self.symmetric, self.threshold, self.act_order)
+        return Scheme(self.scheme, self.group_size, self.double_quant, self.symmetric, self.threshold, self.act_order)
 
 
 class _UnquantizedLinear(QuantizedLinear):

@@ -126,7 +126,7 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         scheme = self.scheme
-        block = f", block_size={scheme.block_size}" if scheme.block_size else ""
+        block = f", group_size={scheme.group_size}" if scheme.group_size else ""
         double = ", double_quant" if scheme.double_quant else ""
         return f"{self.in_features} -> {self.out_features}, {scheme.name}{block}{double}, bias={self.bias is not None}"
 

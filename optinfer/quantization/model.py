@@ -21,7 +21,7 @@ def quantize(
     model: nn.Module,
     scheme: str = "nf4",
     *,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
@@ -36,7 +36,7 @@ def quantize(
     Args:
         model: a transformers model or any module, weights in float32, bfloat16 or float16.
         scheme: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
-        block_size: weights per scale; None: the scheme's default (64; int8 and fp8: a row). ``"channel"``: a row.
+        group_size: weights per scale; None: the scheme's default (64; int8 and fp8: a row). ``"channel"``: a row.
         double_quant: nf4 and fp4: store the scales in 8 bits too.
         symmetric: int2 … int8: False stores a zero point with each scale.
         threshold: llm_int8: features this large stay in 16 bits.
@@ -53,7 +53,7 @@ def quantize(
             model that computes something else once its layers are exchanged.
         TypeError: `model` is no module; a weight of another dtype. In all cases nothing has changed.
     """
-    resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
+    resolved = resolve_scheme(scheme, group_size, double_quant, symmetric, threshold)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     refuse_quantized(model)

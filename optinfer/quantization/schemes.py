@@ -28,7 +28,7 @@ class Scheme:
 
     Attributes:
         name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
-        block_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
+        group_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
         double_quant: nf4 and fp4 only: store the scales in 8 bits too.
         symmetric: int2 … int8 only: no zero points.
         threshold: llm_int8 only: features this large stay in 16 bits.
@@ -36,7 +36,7 @@ class Scheme:
     """
 
     name: str
-    block_size: int = 0
+    group_size: int = 0
     double_quant: bool = False
     symmetric: bool = True
     threshold: float = 6.0
@@ -73,7 +73,7 @@ class Scheme:
     @classmethod
     def of(cls, q: QuantizedTensor) -> Scheme:
         """The scheme that a quantized tensor was made by."""
-        return cls(q.scheme, q.settled_block(), q.double_quant, q.symmetric, act_order=q.group_index is not None)
+        return cls(q.scheme, q.settled_group(), q.double_quant, q.symmetric, act_order=q.group_index is not None)
 
 
 _FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
@@ -104,7 +104,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def resolve_scheme(
     name: str,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
@@ -112,7 +112,7 @@ def resolve_scheme(
     """A scheme by name, with options checked.
 
     Args:
-        block_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
+        group_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
             ``"channel"`` for one scale per row; llm_int8 has one per row always; fp8: ``"channel"``, ``"tensor"`` or 128;
             the MX formats and nvfp4 have blocks of their own.
 
@@ -122,4 +122,4 @@ def resolve_scheme(
     """
     check_choice(name, tuple(SCHEMES), "scheme")
     options = {"double_quant": double_quant, "symmetric": symmetric, "threshold": threshold}
-    return SCHEMES[name].format.settle(SCHEMES[name], block_size, options)
+    return SCHEMES[name].format.settle(SCHEMES[name], group_size, options)

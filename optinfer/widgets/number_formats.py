@@ -60,7 +60,7 @@ class NumberFormats(StaticWidget):
             self.formats = [*self.formats, {"name": name.upper(), "scale": scale, "block": form.block} | shared]
 
     @classmethod
-    def of_model(cls, model: Any, block_size: int = 64, count: int = 4) -> "NumberFormats":
+    def of_model(cls, model: Any, group_size: int = 64, count: int = 4) -> "NumberFormats":
         """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
         from optinfer.quantization.model import linear_layers
 
@@ -69,7 +69,7 @@ class NumberFormats(StaticWidget):
         blocks = [
             {
                 "name": name,
-                "values": linear.weight.detach().reshape(-1)[:block_size].float().tolist(),
+                "values": linear.weight.detach().reshape(-1)[:group_size].float().tolist(),
                 "tensor_absmax": float(linear.weight.detach().abs().max()),
             }
             for name, linear in chosen

@@ -85,8 +85,8 @@ def weights_of_all_kinds():
         ):
             q = quantize_linear(w, bits, group, symmetric)
             yield q.dequantize(torch.float32), as_cpu_weight(q)
-    for block_size in (32, 64):
-        q = quantize_4bit(torch.randn(19, 192), "nf4", block_size, double_quant=True)
+    for group_size in (32, 64):
+        q = quantize_4bit(torch.randn(19, 192), "nf4", group_size, double_quant=True)
         yield q.dequantize(torch.float32), as_cpu_weight(q)
 
 

@@ -23,7 +23,7 @@ def assert_within_rounding(out, x, q):
     step = torch.stack([part.abs().amax(1) for part in x.split(1024, 1)], 1) / 32767
     bound = sum(step[:, i, None] / 2 * part.abs().sum(1) for i, part in enumerate(w.split(1024, 1)))
     if q.scheme in ("nf4", "fp4"):
-        absmax = q.absmax.double().view(len(w), -1).repeat_interleave(q.block_size, 1)
+        absmax = q.absmax.double().view(len(w), -1).repeat_interleave(q.group_size, 1)
         bound = bound + x.abs() @ absmax.t() / 8191 / 2
     bound = bound + 3e-6 * (x.abs() @ (w.abs() + w.abs().amax()).t())  # zero points are taken off at the end
     assert bool(((out.double() - x @ w.t()).abs() <= bound).all())
@@ -83,12 +83,12 @@ def test_codes_with_a_minimum(rows, columns, tokens, dtype):
     blocks=st.integers(1, 9),
     tokens=st.integers(1, 40),
     kind=st.sampled_from(["nf4", "fp4"]),
-    block_size=st.sampled_from([32, 64, 128]),
+    group_size=st.sampled_from([32, 64, 128]),
     double_quant=st.booleans(),
 )
-def test_codebooks(rows, blocks, tokens, kind, block_size, double_quant):
-    columns = blocks * block_size
-    q = quantize_4bit(torch.randn(rows, columns), kind, block_size, double_quant)
+def test_codebooks(rows, blocks, tokens, kind, group_size, double_quant):
+    columns = blocks * group_size
+    q = quantize_4bit(torch.randn(rows, columns), kind, group_size, double_quant)
     x = torch.randn(tokens, columns)
     assert_within_rounding(product(x, as_cpu_weight(q), 1), x, q)
 

@@ -32,7 +32,7 @@ FAMILIES = ("MixtralConfig", "Qwen3MoeConfig", "GptOssConfig", "Llama4TextConfig
 TRANSPOSED = ("GptOssConfig", "Llama4TextConfig")
 VARIANTS = [(name, {}) for name in SCHEMES] + [
     ("nf4", {"double_quant": True}),
-    ("int4", {"symmetric": False, "block_size": 24}),
+    ("int4", {"symmetric": False, "group_size": 24}),
 ]
 
 
@@ -122,7 +122,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_copies_other_dtypes_gradients_and_back():
-    model = quantize(build("GptOssConfig"), "int4", block_size=32, progress=False)
+    model = quantize(build("GptOssConfig"), "int4", group_size=32, progress=False)
     expected = logits(model)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), expected)

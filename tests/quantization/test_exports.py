@@ -50,7 +50,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("scheme", "options"), [("int8", {"block_size": "channel"}), ("int4", {"block_size": 16})])
+@pytest.mark.parametrize(("scheme", "options"), [("int8", {"group_size": "channel"}), ("int4", {"group_size": 16})])
 def test_compressed_tensors(name, scheme, options, tmp_path):
     pytest.importorskip("compressed_tensors")
     auto, model, skip = made(name)

@@ -44,8 +44,8 @@ def test_a_width_that_does_not_divide() -> None:
 def test_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match="65504"):
         SCHEMES["q4_1"].quantize(torch.full((2, 32), 1e5))
-    with pytest.raises(ValueError, match="block_size of q4_1 must be 32; got 64"):
-        quantize(torch.nn.Linear(4, 4), "q4_1", block_size=64)
+    with pytest.raises(ValueError, match="group_size of q4_1 must be 32; got 64"):
+        quantize(torch.nn.Linear(4, 4), "q4_1", group_size=64)
     with pytest.raises(ValueError, match="blocks must be uint8"):
         Q41Tensor.from_file(torch.zeros(3, 21, dtype=torch.uint8))
 

@@ -72,9 +72,9 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
         "nf4": {"name": "nf4"},
         "nf4 + double quantization": {"name": "nf4", "double_quant": True},
         "fp4": {"name": "fp4"},
-        "int4": {"name": "int4", "block_size": 64},
-        "int4 affine": {"name": "int4", "block_size": 64, "symmetric": False},
-        "int8": {"name": "int8", "block_size": "channel"},
+        "int4": {"name": "int4", "group_size": 64},
+        "int4 affine": {"name": "int4", "group_size": 64, "symmetric": False},
+        "int8": {"name": "int8", "group_size": "channel"},
     }
     shapes = [(130, 256)] if tiny or few else [(130, 256), (576, 1536), (4096, 4096), (1000, 14336)]
     tokens = (1, 9) if tiny else (1, 8, 16, 17, 64)

@@ -84,7 +84,7 @@ def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
         return {"weight": q.packed, "SCB": q.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     description: dict[str, Any] = {
         "quant_type": q.scheme,
-        "blocksize": q.block_size,
+        "blocksize": q.group_size,
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }

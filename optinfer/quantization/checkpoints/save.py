@@ -89,17 +89,17 @@ def _uniform(layers: dict[str, QuantizedTensor], format: str) -> dict[str, GridT
     first_name, first = next(iter(layers.items()))
     grids: dict[str, GridTensor] = {}
     for name, q in layers.items():
-        what = f"{name} ({q.scheme}, group {q.block_size}, {'symmetric' if q.symmetric else 'affine'})"
+        what = f"{name} ({q.scheme}, group {q.group_size}, {'symmetric' if q.symmetric else 'affine'})"
         if not isinstance(q, GridTensor):
             raise CheckpointError(f"{what} is not a scheme of format {format!r}; try format='bitsandbytes'")
         if format == "awq" and q.bits != 4:
             raise CheckpointError(f"{what}: AWQ checkpoints hold 4 bits; try format='compressed-tensors'")
         if q.group_index is not None:
             raise CheckpointError(f"{what} keeps a group for each column, which {format!r} cannot say")
-        if q.scale.shape[0] != q.shape[0] or q.shape[1] % q.block_size:
-            raise CheckpointError(f"{what}: {q.shape[1]} inputs are not whole groups of {q.block_size} columns")
-        per_row = q.block_size == q.shape[1] and first.block_size == first.shape[1]
-        if (q.bits, q.symmetric) != (first.bits, first.symmetric) or (q.block_size != first.block_size and not per_row):
+        if q.scale.shape[0] != q.shape[0] or q.shape[1] % q.group_size:
+            raise CheckpointError(f"{what}: {q.shape[1]} inputs are not whole groups of {q.group_size} columns")
+        per_row = q.group_size == q.shape[1] and first.group_size == first.shape[1]
+        if (q.bits, q.symmetric) != (first.bits, first.symmetric) or (q.group_size != first.group_size and not per_row):
             raise CheckpointError(f"{what} differs from {first_name}: one checkpoint holds one scheme")
         rows_per_word = 32 // q.bits if 32 % q.bits == 0 else 32
         if format != "compressed-tensors" and (q.shape[0] % rows_per_word or q.shape[1] % rows_per_word):

@@ -87,7 +87,7 @@ def _strategy(q: Any) -> str | None:
     assert isinstance(q.scale, Tensor)
     if q.scale.shape == (q.shape[0], 1):
         return "channel"
-    return "tensor" if q.scale.numel() == 1 and q.block_size == q.shape[1] else "block"
+    return "tensor" if q.scale.numel() == 1 and q.group_size == q.shape[1] else "block"
 
 
 def _file_tensors(q: BlockFloats) -> dict[str, Tensor]:

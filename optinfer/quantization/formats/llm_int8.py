@@ -42,10 +42,10 @@ class Int8Rows(QuantizedTensor):
     SCALE = "absmax"
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
-        if block_size not in (None, 0):
-            raise ValueError(f"llm_int8 has one scale per row; block_size={block_size!r} cannot be set")
+        if group_size not in (None, 0):
+            raise ValueError(f"llm_int8 has one scale per row; group_size={group_size!r} cannot be set")
         return replace(scheme, threshold=float(options["threshold"]))
 
     @classmethod

@@ -36,10 +36,10 @@ class Q41Tensor(QuantizedTensor):
     minimum: Tensor | None = None
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
-        if block_size not in (None, GROUP):
-            raise ValueError(f"block_size of q4_1 must be {GROUP}; got {block_size!r}")
+        if group_size not in (None, GROUP):
+            raise ValueError(f"group_size of q4_1 must be {GROUP}; got {group_size!r}")
         return scheme
 
     @classmethod
@@ -95,7 +95,7 @@ class Q41Tensor(QuantizedTensor):
     ) -> QuantizedTensor:
         return replace(super().assemble(scheme, tensors, shape, dtype), minimum=tensors["minimum"])  # type: ignore[call-arg]
 
-    def settled_block(self) -> int:
+    def settled_group(self) -> int:
         return GROUP
 
     def tensors(self) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class QuantizedTensor:
         dtype: of the restored tensor.
         scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
         bits: of one code.
-        block_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
+        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
             row).
         zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
             codes have the fixed zero ``2 ** (bits - 1)``.
@@ -137,13 +137,13 @@ class QuantizedTensor:
     dtype: torch.dtype
     scheme: str
     bits: int
-    block_size: int
+    group_size: int
     zero_point: Tensor | None = None
     group_index: Tensor | None = None
 
     # ---- of what it consists
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         """`scheme` with the user's options in place of the defaults; ValueError for one that the format does not have."""
         raise NotImplementedError
 
@@ -169,14 +169,14 @@ class QuantizedTensor:
             dtype=dtype,
             scheme=scheme.name,
             bits=scheme.bits,
-            block_size=scheme.block_size or shape[1],
+            group_size=scheme.group_size or shape[1],
             zero_point=tensors.get("zero_point"),
             group_index=tensors.get("group_index"),
         )
 
-    def settled_block(self) -> int:
-        """`Scheme.block_size` of the scheme that made this."""
-        return 0 if self.block_size == self.shape[1] else self.block_size
+    def settled_group(self) -> int:
+        """`Scheme.group_size` of the scheme that made this."""
+        return 0 if self.group_size == self.shape[1] else self.group_size
 
     # ---- what it weighs
     def tensors(self) -> dict[str, Tensor]:
@@ -280,6 +280,6 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         return (
-            f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, block_size={self.block_size}, "
+            f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, group_size={self.group_size}, "
             f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
         )

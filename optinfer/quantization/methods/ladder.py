@@ -24,7 +24,7 @@ def rung(
     """Quantize a model in place by the name of the method; the ladder's grids are affine."""
     common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if method == "rtn":
-        return quantize(model, f"int{bits}", block_size=group_size, symmetric=symmetric, progress=False)
+        return quantize(model, f"int{bits}", group_size=group_size, symmetric=symmetric, progress=False)
     if method == "gptq":
         return gptq(model, tokenizer, **common, **CALIBRATION, **options)
     if method in ("awq", "awq+gptq"):
