@@ -2,8 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=OptinferConfig("nf4", double_quant=True))
 
-`import optinfer` makes the quantizer known (`optinfer.plugins`). A folder saved this way needs that import
-before it is loaded again: transformers only warns about a method it does not know.
+`import optinfer` makes the quantizer known (`optinfer.plugins`). A folder saved this way needs that import before it is loaded
+again. Without it transformers only warns that it does not know the method, and would take codes for weights, so codes never
+lie in files in the shape of the weights that they stand for (see `_seal`): the shapes do not fit, and transformers refuses.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class OptinferQuantizer(HfQuantizer):
             self.stacks = list(stacks)
         if not layers and not stacks:
             raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
+        files = kwargs.get("checkpoint_files") or ()
+        sealed = self.pre_quantized and _is_sealed(files)
         for layer in layers.values():
             rows, columns = matrix_of(layer).shape
             arguments = (columns, rows, self.scheme, layer.bias is not None, layer.weight.dtype)
@@ -173,9 +176,11 @@ class OptinferQuantizer(HfQuantizer):
                     new = QuantizedLinear(*arguments)
                 else:
                     new = _UnquantizedLinear(*arguments, transposed=not isinstance(layer, nn.Linear))
+            if sealed:
+                _seal(new)
             replace_module(model, layer, new)
         if self.pre_quantized:
-            _check_complete(model, kwargs.get("checkpoint_files") or ())
+            _check_complete(model, files)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -201,6 +206,8 @@ class OptinferQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check what came: transformers only warns about tensors that are missing or do not fit."""
         for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                _unseal(module)
             if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 _check_loaded(name, module)
             if isinstance(module, _UnquantizedLinear):
@@ -213,6 +220,14 @@ class OptinferQuantizer(HfQuantizer):
             config.modules_to_not_convert = unquantized_weights(model)
         save_under_own_names(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes."""
+        state = model.state_dict()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, QuantizedLinear) and _could_be_taken_for_weights(module):
+                state[f"{name}.weight"] = state[f"{name}.weight"].unsqueeze(-1)
+        return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -228,6 +243,37 @@ class OptinferQuantizer(HfQuantizer):
                 replace_module(model, module, linear if dtype is None else linear.to(dtype))
         restore_experts(model, dtype)
         return model
+
+
+def _could_be_taken_for_weights(layer: QuantizedLinear) -> bool:
+    return tuple(layer.weight.shape) == (layer.out_features, layer.in_features)
+
+
+def _seal(layer: QuantizedLinear) -> None:
+    """Give the codes of 8 bits the shape that they have in files: ``[out, in, 1]``."""
+    if _could_be_taken_for_weights(layer):
+        layer.weight = nn.Parameter(layer.weight.data.unsqueeze(-1), requires_grad=False)
+
+
+def _unseal(layer: QuantizedLinear) -> None:
+    if layer.weight.shape == (layer.out_features, layer.in_features, 1):
+        layer.weight.data = layer.weight.data.squeeze(-1)
+
+
+def _is_sealed(files: Iterable[str]) -> bool:
+    """Whether codes lie in these files as `_seal` has them; folders written before it hold them as ``[out, in]``."""
+    from safetensors import safe_open
+
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  # no dictionary
+                if key.endswith(".weight"):
+                    stored = opened.get_slice(key)
+                    if stored.get_dtype() in ("I8", "U8", "F8_E4M3", "F8_E5M2") and stored.get_shape()[2:] == [1]:
+                        return True
+    return False
 
 
 def save_under_own_names(model: Any) -> None:
