@@ -5,10 +5,17 @@ the field ``peer`` naming whose code ran and ``seconds`` the median time.
 """
 
 import importlib
-import importlib.util
 from typing import Any
 
-SUITES = ("quantization", "quantized_matmul", "attention", "kv_cache", "paged_attention", "speculative", "serving")
+SUITES = (
+    "quantization",
+    "quantized_matmul",
+    "attention",
+    "kv_cache",
+    "paged_attention",
+    "speculative",
+    "serving",
+)
 
 
 def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:
@@ -16,13 +23,7 @@ def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: there is no such suite.
-        ModuleNotFoundError: the suite is known but not in this version.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, or all; not {suite!r}")
     return importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick)
-
-
-def available() -> list[str]:
-    """The suites of this version."""
-    return [name for name in SUITES if importlib.util.find_spec(f"optinfer.bench.{name}")]

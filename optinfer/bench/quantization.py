@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import optinfer
 from optinfer import hardware
 from optinfer.bench.steps import BATCHES, beside_llama_cpp
+from optinfer.models import load_model
 from optinfer.quantization import quantize
-from optinfer.quantization.model import linear_layers, replace_module
+from optinfer.quantization.layers import linear_layers, replace_module
 
 PEERS = ("optinfer", "bitsandbytes")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     Args:
         quick: fewer rounds, NF4 and LLM.int8() only.
     """
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = load_model()
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every layer: that would be timed as well
     peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]
@@ -197,7 +197,7 @@ def _peak_here(peer: str, options: dict[str, Any]) -> dict[str, float]:
     if _has_bitsandbytes():
         import bitsandbytes  # noqa: F401  both peers pay for its import: our fused operator lives there
 
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = load_model()
     before = hardware.peak_memory_bytes()
     QUANTIZE[peer](model, **options)
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from optinfer.bench.compare import key
-from optinfer.course.card import Table
+from optinfer.card import Table
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
