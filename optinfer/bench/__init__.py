@@ -1,11 +1,12 @@
 """Benchmarks: correctness before timing, peers side by side in one run, results with their provenance.
 
 A suite is a module of this package with ``run(quick: bool = False) -> list[dict]``: one flat dict per measurement, with
-the field ``peer`` naming whose code ran and ``seconds`` the median time.
+the fields of its row in `optinfer.bench.rows`.
 """
 
 import importlib
-from typing import Any
+
+from optinfer.bench.rows import Row, read
 
 SUITES = (
     "quantization",
@@ -18,12 +19,12 @@ SUITES = (
 )
 
 
-def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:
+def run(suite: str, quick: bool = False) -> list[Row]:
     """Run one suite.
 
     Raises:
-        ValueError: there is no such suite.
+        ValueError: there is no such suite; it made a row of other fields than its own.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, or all; not {suite!r}")
-    return importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick)
+    return read(suite, importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick))

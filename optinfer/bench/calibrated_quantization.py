@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from optinfer import data, hardware, models, results
+from optinfer.bench.rows import read
 from optinfer.quantization.methods.calibrate import calibrate
 from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         rows.append(row | found)
-        results.save(SUITE, rows, args.out)
+        results.save(SUITE, [typed.as_dict() for typed in read(SUITE, rows)], args.out)
         print({k: v for k, v in rows[-1].items() if k != "windows"}, flush=True)
     return 0
 

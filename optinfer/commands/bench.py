@@ -1,10 +1,11 @@
 """``optinfer bench``: measure, beside other libraries, and record; or compare two recordings."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from optinfer import bench, hardware, results
-from optinfer.bench.compare import compare
+from optinfer.bench.compare import VERDICTS, compare
 from optinfer.bench.report import plot, show
 
 
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     machine = hardware.this_machine()
     for suite in suites:
         rows = bench.run(suite, quick=args.quick)
-        print(show(rows))
-        path = results.save(suite, rows, folder, machine=machine)
+        flat = [row.as_dict() for row in rows]
+        print(show(flat))
+        path = results.save(suite, flat, folder, machine=machine)
         print(f"written to {path}")
         try:
             plot(rows, path.with_suffix(".svg"))
@@ -54,6 +56,6 @@ def _compare(files: list[str]) -> int:
     if before.device != after.device:
         print("two different devices: ratios compare machines, not code")
     print(show([row for row in rows if row["verdict"] != "same"] or rows))
-    counts = {v: sum(row["verdict"] == v for row in rows) for v in ("faster", "slower", "same", "new", "gone")}
-    print(", ".join(f"{count} {v}" for v, count in counts.items() if count))
+    counts = Counter(row["verdict"] for row in rows)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]))
     return 0
