@@ -27,7 +27,7 @@ import torch
 
 import optinfer
 from optinfer import data
-from optinfer.results import write_whole
+from optinfer.folders import write_whole
 from optinfer.serving import Engine, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from optinfer import results
+from optinfer.bench import rows as bench_rows
 from optinfer.bench.gpu_day import checks, steps, tiles, work
 from optinfer.bench.gpu_day.__main__ import run_day
 from optinfer.bench.gpu_day.journal import Journal
@@ -95,6 +96,15 @@ def test_the_plan():
     for step in STEPS:
         module, function = step.work.split(":")
         assert callable(getattr(__import__(f"{steps.__package__}.{module}", fromlist=[function]), function))
+
+
+MEASURING = {step.work: step for step in STEPS if step.suite not in (None, "tiles")}
+
+
+@pytest.mark.parametrize("step", MEASURING.values(), ids=lambda step: step.name)
+def test_what_is_recorded_are_the_suites_rows(step):
+    measured = bench_rows.read(step.suite, list(step.rows(tiny=True)))
+    assert measured and all(row.skipped or row.seconds or row.as_dict().get("speedup") for row in measured)
 
 
 def test_a_wrong_kernel_is_a_failed_row_and_one_that_raises_too(tmp_path, monkeypatch):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from optinfer import bench, cli, data, doctor, hardware, plots, results
-from optinfer.course import card, lab
-from optinfer.course.execute import NotebookError, execute
+from optinfer import bench, card, cli, data, doctor, hardware, plots, results
+from optinfer.course import lab
 from optinfer.course.lesson import setup
 from optinfer.errors import OptinferError
+from optinfer.execute import NotebookError, execute
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -230,7 +230,7 @@ def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_suite_can_be_imported() -> None:
     import importlib
 
-    for suite in bench.available():
+    for suite in bench.SUITES:
         assert callable(importlib.import_module(f"optinfer.bench.{suite}").run)
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.card import Card
 from optinfer.course import exercises
-from optinfer.course.card import Card
 from optinfer.course.compare import Difference, difference, show
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
 from optinfer.course.time_limit import TooSlow, time_limit

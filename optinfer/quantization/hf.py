@@ -29,9 +29,8 @@ from optinfer.quantization.experts import (
     restore_experts,
     transposed,
 )
-from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_weights
+from optinfer.quantization.layers import matrix_of, recorded, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear, parameter_name
-from optinfer.quantization.model import replace_module
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]

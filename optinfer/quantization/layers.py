@@ -50,6 +50,14 @@ def linear_layers(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str,
     return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in `model` (a module may be used under several names)."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
 def select_layers(
     model: nn.Module, skip: str | Iterable[str] = (), watch: bool = True, experts: bool = False
 ) -> Selection:

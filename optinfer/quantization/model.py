@@ -10,11 +10,17 @@ from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.experts import quantize_experts
-from optinfer.quantization.layers import Selection, linear_layers, matrix_of, select_layers, unquantized_weights
+from optinfer.quantization.layers import (
+    Selection,
+    matrix_of,
+    replace_module,
+    select_layers,
+    unquantized_weights,
+)
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
-__all__ = ["linear_layers", "mark_quantized", "quantize", "refuse_quantized", "replace_module"]
+__all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
 
 def quantize(
@@ -122,14 +128,6 @@ def _left(selection: Selection) -> str:
         reasons.setdefault(why, []).append(name)
     parts = [f"{len(names)}: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in reasons.items()]
     return "; left alone " + "; ".join(parts) if parts else ""
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in `model` (a module may be used under several names)."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -162,18 +162,16 @@ class DraftHead(nn.Module):
         """Write ``name.safetensors`` (bf16) and ``name.json`` (sizes and recipe), each whole or not at all."""
         from safetensors.torch import save_file
 
-        from optinfer.results import write_whole
+        from optinfer.folders import new_file, write_whole
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {
             k: (v if k == "vocabulary" else v.bfloat16()).cpu().contiguous() for k, v in self.state_dict().items()
         }
         weights["vocabulary"] = weights["vocabulary"].int()
-        target, partial = folder / f"{name}.safetensors", folder / f".{name}.partial"
-        save_file(weights, partial)
-        partial.chmod(0o644)
-        partial.rename(target)
+        target = folder / f"{name}.safetensors"
+        with new_file(target) as work:
+            save_file(weights, work)
         write_whole(folder / f"{name}.json", json.dumps({"sizes": self.sizes, "recipe": recipe}, indent=1) + "\n")
         return target
 

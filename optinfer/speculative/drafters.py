@@ -153,10 +153,10 @@ class QuantizedDraft(ModelDraft):
 
     def bind(self, target: Any) -> None:
         if self._source is not target:
-            import optinfer
+            from optinfer.quantization import quantize
 
             shared = {id(p): p for p in (target.get_input_embeddings().weight, target.get_output_embeddings().weight)}
-            self.model = optinfer.quantize(copy.deepcopy(target, memo=shared), self.scheme, **self.options)
+            self.model = quantize(copy.deepcopy(target, memo=shared), self.scheme, **self.options)
             self._source = target
         super().bind(target)
 

@@ -62,7 +62,7 @@ class NumberFormats(StaticWidget):
     @classmethod
     def of_model(cls, model: Any, group_size: int = 64, count: int = 4) -> "NumberFormats":
         """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
-        from optinfer.quantization.model import linear_layers
+        from optinfer.quantization.layers import linear_layers
 
         layers = list(linear_layers(model).items())
         chosen = [layers[i * (len(layers) - 1) // max(1, count - 1)] for i in range(count)]

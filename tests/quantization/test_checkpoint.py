@@ -15,10 +15,10 @@ from optinfer.quantization import quantize
 from optinfer.quantization.checkpoints import save
 from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.ladder import dequantize
-from optinfer.quantization.model import replace_module
 
 
 def small_model(dtype=torch.float32, tied=True, **options):

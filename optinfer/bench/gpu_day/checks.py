@@ -238,7 +238,7 @@ def lesson(tiny: bool, name: str) -> Rows:
     missing = [finding.name for finding in examination.versions() if finding.value == "missing" and finding.fatal]
     if missing or not _default_model_is_here():
         raise NotHere(f"missing: {', '.join(missing) or 'the default model'}")
-    from optinfer.course.execute import execute
+    from optinfer.execute import execute
 
     notebook = execute(path)
     yield {"check": "lesson", "case": name, "ok": True, "cells": len(notebook.cells)}

@@ -819,7 +819,7 @@ def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, bl
     from optinfer.course.exercises.real_model import default_model, greedy
     from optinfer.quantization import QuantizedLinear
     from optinfer.quantization.formats.codebook import CodebookTensor
-    from optinfer.quantization.model import linear_layers, replace_module
+    from optinfer.quantization.layers import linear_layers, replace_module
 
     model, tokenizer = default_model("bfloat16")
     replaced, size = [], 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from optinfer.quantization.experts import restore_experts
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.awq import awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
-from optinfer.quantization.model import quantize, replace_module
+from optinfer.quantization.model import quantize
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 
