@@ -281,6 +281,11 @@ byte = first * 16 + second
             ("codes = torch.cat([codes, codes.new_zeros(1)])", "codes = codes[:-1]"),
         ),
         Wrong(
+            "filled at the front",
+            "The filling belongs behind the last code: in front of the first, every code slips by half a byte.",
+            ("[codes, codes.new_zeros(1)]", "[codes.new_zeros(1), codes]"),
+        ),
+        Wrong(
             "shifting by the wrong amount",
             "Four bits are half a byte: shift by 4. Shifting by 8 pushes the code out of a uint8.",
             ("<< 4", "<< 8"),
