@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
-from optinfer.quantization.checkpoints import awq, compressed_tensors, gptq
+from optinfer.quantization.checkpoints import awq, compressed_tensors, gptq, mxfp4
 from optinfer.quantization.checkpoints.bitsandbytes import write_bitsandbytes
 from optinfer.quantization.checkpoints.small_floats import convert_blocks
 from optinfer.quantization.checks import CheckpointError
-from optinfer.quantization.experts import refuse_experts
+from optinfer.quantization.experts import quantized_experts, refuse_experts
 from optinfer.quantization.formats.grid import GridTensor
 from optinfer.quantization.formats.small_floats import BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor
@@ -27,7 +28,7 @@ from optinfer.quantization.methods.calibrate import decoder_layers
 __all__ = ["FORMATS", "CheckpointError", "save_checkpoint"]
 
 LAYOUTS = {"compressed-tensors": compressed_tensors.convert, "gptq": gptq.convert, "awq": awq.convert}
-FORMATS = (*LAYOUTS, "bitsandbytes")
+FORMATS = (*LAYOUTS, "bitsandbytes", "mxfp4")
 
 
 def save_checkpoint(
@@ -43,7 +44,8 @@ def save_checkpoint(
         path: the folder to make; it must not exist.
         format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and
             fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
-            ``"bitsandbytes"`` (nf4, fp4, llm_int8). Quantize with ``symmetric=True`` for compressed-tensors: transformers
+            ``"bitsandbytes"`` (nf4, fp4, llm_int8), ``"mxfp4"`` (GPT-OSS's experts, its attention skipped). Quantize with
+            ``symmetric=True`` for compressed-tensors: transformers
             (5.23, with compressed-tensors 0.20) cannot load affine files, not even those that library writes itself,
             because it expects zero points unpacked. vLLM and the library's own decompressor read them; writing one warns.
         tokenizer: saved along when given; the generation config always is.
@@ -61,8 +63,12 @@ def save_checkpoint(
     if target.exists():
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
     layers = {name: m.quantized for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not layers:
+    experts = dict(quantized_experts(model))
+    if not layers and not experts:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
+    if format == "mxfp4":
+        tensors, config = mxfp4.convert(model, list(layers), experts, unquantized_layers(model))
+        return _write(model, target, tensors | _other_tensors(model, experts, None), config, tokenizer, None)
     refuse_experts(model, format)
     _check_readers_layers(model, layers, format)
     if format == "bitsandbytes":
@@ -135,7 +141,7 @@ def _check_inside(model: Any, layers: dict[str, QuantizedTensor], format: str) -
         )
 
 
-def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _other_tensors(model: Any, layers: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Embeddings, norms, biases and heads; a tensor that several names share is stored once, under the first."""
     prefixes = tuple(f"{name}.weight" for name in layers)
     tensors: dict[str, Tensor] = {}
