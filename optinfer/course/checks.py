@@ -453,7 +453,7 @@ def _parameters(exercise: Exercise, c: Case) -> list[str]:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
         if c.slow:
-            names = ["prompt", "new_tokens", "block_size"]
+            names = ["prompt", "new_tokens", "group_size"]
         elif not names:
             names = list(inspect.signature(exercise.answer).parameters)
     else:

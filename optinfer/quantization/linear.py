@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.cpu import CpuWeight, remembered
-from optinfer.quantization.formats.cpu import as_cpu_weight
 from optinfer.quantization.formats.gpu import as_kernel_weight
 from optinfer.quantization.formats.products import layer_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
@@ -27,7 +26,7 @@ class QuantizedLinear(nn.Module):
     other.
 
     A few tokens on a GPU go through a fused Triton kernel (`formats/gpu.py`), 16-bit tokens on a CPU through the C++ kernels
-    (`formats/cpu.py`). Both read the stored tensors in place.
+    (`optinfer.cpu`). Both read the stored tensors in place.
     """
 
     weight: nn.Parameter
@@ -107,7 +106,7 @@ class QuantizedLinear(nn.Module):
         if self.dtype == torch.float32:
             return None
         tensors = [parameter for parameter in self._parameters.values() if parameter is not None]
-        return remembered(self, *tensors, make=lambda *_: as_cpu_weight(self.quantized, self.bias))
+        return remembered(self, *tensors, make=lambda *_: self.quantized.cpu_weight(self.bias))
 
     def gpu_weight(self) -> QuantizedWeight | None:
         """The layer as the fused Triton kernel reads it, made on first use; None for layouts that it does not read."""

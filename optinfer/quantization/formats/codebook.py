@@ -117,6 +117,8 @@ class CodebookTensor(QuantizedTensor):
         )  # fmt: skip
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        if len(self.shape) != 2:
+            return None
         nested, scale = None, self.scale
         if isinstance(scale, NestedScale):
             nested, scale = (dynamic_table(), scale.absmax, scale.offset), scale.codes

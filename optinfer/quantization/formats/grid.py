@@ -24,6 +24,8 @@ BITS = (2, 3, 4, 8)
 class GridTensor(QuantizedTensor):
     """int2 … int8: ``value = (code - zero_point) * scale``, a scale per group of a row, per row, or one in all."""
 
+    OTHERS = ("zero_point", "group_index")
+
     @classmethod
     def from_codes(
         cls,

@@ -94,6 +94,8 @@ class BlockFloats(QuantizedTensor):
         tensor_scale: NVFP4 only, float32 ``[1]``: scales are stored times this number.
     """
 
+    OTHERS = ("tensor_scale",)
+
     tensor_scale: Tensor | None = None
 
     @classmethod
@@ -112,14 +114,6 @@ class BlockFloats(QuantizedTensor):
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
         return stored_blocks(BLOCK_FORMATS[scheme.name], scheme.group_size, shape)
 
-    @classmethod
-    def assemble(
-        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> QuantizedTensor:
-        q = super().assemble(scheme, tensors, shape, dtype)
-        q.group_size = scheme.group_size if scheme.group_size > 0 else shape[1]
-        return replace(q, tensor_scale=tensors.get("tensor_scale"))  # type: ignore[call-arg]
-
     def settled_group(self) -> int:
         assert isinstance(self.scale, Tensor)
         wholes: dict[tuple[int, ...], int] = {(1, 1): -1, (self.shape[0], 1): 0}
@@ -128,11 +122,6 @@ class BlockFloats(QuantizedTensor):
     @property
     def format(self) -> BlockFormat:
         return BLOCK_FORMATS[self.scheme]
-
-    def tensors(self) -> dict[str, Tensor]:
-        assert isinstance(self.scale, Tensor)
-        stored = {"packed": self.packed, "scale": self.scale}
-        return stored if self.tensor_scale is None else stored | {"tensor_scale": self.tensor_scale}
 
     def codes(self) -> Tensor:
         """Bit patterns, uint8, in the tensor's shape."""
@@ -173,10 +162,6 @@ class BlockFloats(QuantizedTensor):
             return None
         shape, scales = (self.shape[0], self.shape[1]), self.scales().view(-1)
         return CpuWeight.codebook_codes(self.packed, shape, self.group_size, torch.tensor(E2M1), scales, bias=bias)
-
-    def to(self, device: torch.device | str) -> BlockFloats:
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
 
 
 def quantize_blocks(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -130,6 +130,7 @@ class QuantizedTensor:
     """
 
     SCALE: ClassVar[str] = "scale"  # what the stored scales are called
+    OTHERS: ClassVar[tuple[str, ...]] = ()  # attributes that are stored, too, where they are not None
 
     packed: Tensor
     scale: Tensor | NestedScale
@@ -169,9 +170,8 @@ class QuantizedTensor:
             dtype=dtype,
             scheme=scheme.name,
             bits=scheme.bits,
-            group_size=scheme.group_size or shape[1],
-            zero_point=tensors.get("zero_point"),
-            group_index=tensors.get("group_index"),
+            group_size=scheme.group_size if scheme.group_size > 0 else shape[1],
+            **{name: tensors.get(name) for name in cls.OTHERS},
         )
 
     def settled_group(self) -> int:
@@ -190,11 +190,8 @@ class QuantizedTensor:
             }
         else:
             stored[self.SCALE] = self.scale
-        if self.zero_point is not None:
-            stored["zero_point"] = self.zero_point
-        if self.group_index is not None:
-            stored["group_index"] = self.group_index
-        return stored
+        others = {name: getattr(self, name) for name in self.OTHERS}
+        return stored | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -265,18 +262,10 @@ class QuantizedTensor:
     # ---- moving it
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """A copy on `device`."""
-        scale = self.scale
-        if isinstance(scale, NestedScale):
-            scale = NestedScale(scale.codes.to(device), scale.absmax.to(device), scale.offset.to(device))
-        else:
-            scale = scale.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            scale=scale,
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
-            group_index=None if self.group_index is None else self.group_index.to(device),
-        )
+        from optinfer.quantization.schemes import Scheme
+
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self.assemble(Scheme.of(self), moved, self.shape, self.dtype)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return (

@@ -25,7 +25,6 @@ from optinfer.quantization.methods.calibrate import (
     CalibrationLayer,
     add_gram,
     calibrate,
-    check_groups,
     install,
 )
 from optinfer.quantization.methods.gptq import gptq_quantize
@@ -57,18 +56,20 @@ class Scaling:
         previous: a norm, or the linear layer whose output feeds `linears` element by element.
         linears: the layers whose input channels are scaled.
         block: the module whose output error chooses the scale.
+        routers: modules whose `weight` takes the same input and is not quantized.
     """
 
     previous: str
     linears: tuple[str, ...]
     block: str
+    routers: tuple[str, ...] = ()
 
 
 def scaling_groups(layer: nn.Module) -> list[Scaling]:
-    """Where a scale can be folded in a decoder layer named as in Llama, Qwen, Mistral and Gemma.
+    """Where a scale can be folded in a decoder layer named as in Llama, Qwen, Mistral, Gemma, and Mixtral.
 
     ``o_proj`` is left out with grouped-query attention: several of its input channels come from one row of ``v_proj``,
-    which can absorb only one factor.
+    which can absorb only one factor. So are the second matrices of experts, which follow on a gate.
 
     Raises:
         ValueError: the layer is built in another way.
@@ -78,15 +79,20 @@ def scaling_groups(layer: nn.Module) -> list[Scaling]:
     before_mlp = next((name for name in names if name in modules), names[-1])
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     gated = ("mlp.gate_proj", "mlp.up_proj")
-    needed = {"input_layernorm", before_mlp, *attention, *gated, "self_attn.o_proj", "mlp.down_proj"}
+    mixture = "mlp.experts" in modules
+    needed = {"input_layernorm", before_mlp, *attention, "self_attn.o_proj"}
+    if not mixture:
+        needed |= {*gated, "mlp.down_proj"}
     if missing := sorted(needed - modules.keys()):
         raise ValueError(f"AWQ does not know how {type(layer).__name__} is wired: it has no {', '.join(missing)}")
     groups = [Scaling("input_layernorm", attention, "self_attn")]
     if modules["self_attn.v_proj"].weight.shape == modules["self_attn.o_proj"].weight.shape:
         groups.append(Scaling("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"))
-    groups.append(Scaling(before_mlp, gated, "mlp"))
-    groups.append(Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"))
-    return groups
+    if mixture:
+        experts = tuple(name for name in modules if name.startswith("mlp.experts.gate_up_proj."))
+        routers = tuple(name for name in ("mlp.gate", "mlp.router") if name in modules)
+        return [*groups, Scaling(before_mlp, experts, "mlp", routers)] if experts else groups
+    return [*groups, Scaling(before_mlp, gated, "mlp"), Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")]
 
 
 @torch.no_grad()
@@ -117,7 +123,7 @@ def fold(layer: nn.Module, scaling: Scaling, scale: Tensor) -> None:
         previous.weight.copy_(gain - offset)
     if getattr(previous, "bias", None) is not None:
         previous.bias.div_(scale.to(previous.bias.dtype))
-    for name in scaling.linears:
+    for name in (*scaling.linears, *scaling.routers):
         weight = layer.get_submodule(name).weight
         weight.copy_(weight.float() * scale)
 
@@ -187,20 +193,21 @@ def search_scale(
     Returns:
         the scale, float32 ``[in]``, and the whole search as pairs (alpha, error relative to alpha = 0).
     """
-    statistics = layer.statistics[scaling.linears[0]]
+    mean_abs = layer.mean_abs(scaling.linears)
     linears = [layer.linears[name] for name in scaling.linears]
     originals = [linear.weight.data for linear in linears]
     reference = run() if run is not None else None
     errors = []
     try:
         for alpha in ALPHAS:
-            scale = _scale(statistics.mean_abs, alpha)
+            scale = _scale(mean_abs, alpha)
             error = 0.0
             for linear, original in zip(linears, originals):
                 rounded = grid.round(original.float() * scale) / scale
                 if reference is None:
-                    gram = add_gram(torch.zeros_like(statistics.hessian), rounded - original)
-                    error += float((gram * statistics.hessian).sum())  # trace((W - Q) H (W - Q)^T)
+                    hessian = layer.statistics[scaling.linears[0]].hessian
+                    gram = add_gram(torch.zeros_like(hessian), rounded - original)
+                    error += float((gram * hessian).sum())  # trace((W - Q) H (W - Q)^T)
                 else:
                     linear.weight.data = rounded.to(original.dtype)
             if run is not None:
@@ -211,7 +218,7 @@ def search_scale(
             linear.weight.data = original
     best = min(range(len(ALPHAS)), key=errors.__getitem__)
     relative = [(alpha, error / max(errors[0], 1e-30)) for alpha, error in zip(ALPHAS, errors)]
-    return _scale(statistics.mean_abs, ALPHAS[best]), relative
+    return _scale(mean_abs, ALPHAS[best]), relative
 
 
 @torch.no_grad()
@@ -292,9 +299,8 @@ def scale_layer(
             trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search
     for scaling, scale in foldable(layer, found):
         fold(layer.module, scaling, scale)
-        shared = layer.statistics[scaling.linears[0]].scaled(1 / scale)
-        for name in scaling.linears:
-            layer.statistics[name] = shared
+        for statistics in layer.statistics_of(scaling.linears):
+            statistics.rescale(1 / scale)
 
 
 def awq(
@@ -333,7 +339,7 @@ def awq(
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
     grid = Grid(bits, group_size, symmetric)
     run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, grid)
+    run.check_groups(grid)
     for module in run.layers.values():
         scaling_groups(module)
     quantized: dict[str, QuantizedTensor] = {}

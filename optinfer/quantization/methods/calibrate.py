@@ -8,16 +8,17 @@ hand its statistics to whoever quantizes it, run it again as quantized to get th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optinfer.quantization.experts import QuantizedExperts, expert_stacks, put_experts, separate_experts, transposed
 from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.layers import replace_module, select_layers, stacked_share
+from optinfer.quantization.layers import replace_module, select_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized
@@ -77,11 +78,11 @@ class InputStatistics:
         self.mean_abs.mul_(kept).add_(magnitude.sum(0) / self.tokens)
         torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
 
-    def scaled(self, factor: Tensor) -> InputStatistics:
-        """The statistics of ``x * factor``, `factor` ``[in]`` positive."""
-        return InputStatistics(
-            self.hessian * factor * factor[:, None], self.mean_abs * factor, self.max_abs * factor, self.tokens
-        )
+    def rescale(self, factor: Tensor) -> None:
+        """Become the statistics of ``x * factor``, `factor` ``[in]`` positive."""
+        self.hessian.mul_(factor).mul_(factor[:, None])
+        self.mean_abs.mul_(factor)
+        self.max_abs.mul_(factor)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class CalibrationLayer:
         module: the copy. What it holds when the next layer is asked for decides that layer's inputs.
         batches: the layer's inputs, ``[batch, length, hidden]`` each.
         arguments: the keyword arguments the model calls the layer with (masks, rotary embeddings).
-        linears: the linear layers inside, by their names within the layer.
+        linears: the linear layers inside, by their names within the layer; each expert's, where those lie in stacks.
         statistics: of their inputs; layers that share an input share the object.
     """
 
@@ -154,6 +155,16 @@ class CalibrationLayer:
                     f"the inputs of {self.name}.{name} have NaN or Inf values; nothing was quantized"
                 )
 
+    def statistics_of(self, names: Iterable[str]) -> list[InputStatistics]:
+        """Those of some linear layers, shared ones once."""
+        return list({id(self.statistics[name]): self.statistics[name] for name in names}.values())
+
+    def mean_abs(self, names: Iterable[str]) -> Tensor:
+        """Mean magnitude of each feature over all that goes into some linear layers, float32 ``[in]``."""
+        found = self.statistics_of(names)
+        tokens = sum(one.tokens for one in found)
+        return torch.stack([one.mean_abs * (one.tokens / tokens) for one in found]).sum(0)
+
     @torch.no_grad()
     def put(self, name: str, q: QuantizedTensor) -> None:
         """Let the copy compute with the quantized weight from now on."""
@@ -170,7 +181,7 @@ class Calibration:
         self.batch_size = max(n for n in range(1, batch_size + 1) if len(sequences) % n == 0)
         self.progress = progress
         self.layers = decoder_layers(model)
-        self.names = {prefix: list(linears) for prefix, linears in decoder_linears(model).items()}
+        self.widths = decoder_widths(model)
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +189,27 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def widths_by_name(self) -> dict[str, int]:
+        """How many inputs each matrix of the decoder has, by its full name."""
+        return {f"{prefix}.{name}": width for prefix, inside in self.widths.items() for name, width in inside.items()}
+
+    def check_groups(self, grid: Grid) -> None:
+        """Raise ValueError unless every matrix of the decoder can be quantized so."""
+        bits, group_size = grid.bits, grid.group_size
+        if isinstance(bits, bool) or bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f"group_size must be a positive int, got {group_size!r}")
+        widths = set(self.widths_by_name.values())
+        for name, width in self.widths_by_name.items():
+            if width % group_size:
+                fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in widths)]
+                raise ValueError(
+                    f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                    f"for this model: {', '.join(map(str, fitting)) or 'none of the usual sizes'}"
+                )
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[CalibrationLayer]:
@@ -187,7 +219,8 @@ class Calibration:
         walk = tqdm(self.layers.items(), desc="calibrating", unit="layer", disable=not self.progress)
         for (name, layer), extra in zip(walk, arguments):
             twin = copy.deepcopy(layer)
-            linears: Any = {inner: twin.get_submodule(inner) for inner in self.names[name]}
+            separate_experts(twin)
+            linears: Any = {inner: twin.get_submodule(inner) for inner in self.widths[name]}
             work = CalibrationLayer(name, twin, batches, extra, linears)
             work.observe()
             yield work
@@ -280,20 +313,16 @@ def calibrate(
     refuse_quantized(model)
     length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
     sequences = _sequences(tokenizer, texts, num_sequences, length)
-    widths = {}
-    for prefix, linears in decoder_linears(model).items():
-        for inner, linear in linears.items():
-            check_present(f"{prefix}.{inner}", linear)
-            widths[f"{prefix}.{inner}"] = linear.in_features
-    if not widths:
+    run = Calibration(model, sequences, batch_size, progress)
+    if not run.widths_by_name:
         raise ValueError(f"the layers of {type(model).__name__} hold no linear layers that can be quantized")
-    name, widest = max(widths.items(), key=lambda pair: pair[1])
+    name, widest = max(run.widths_by_name.items(), key=lambda pair: pair[1])
     if sequences.numel() < widest:
         raise CalibrationError(
             f"too little calibration text: {sequences.numel():,} tokens in sequences of {length}, but {name} has "
             f"{widest:,} inputs and needs at least as many tokens (16,384 are usual)"
         )
-    return Calibration(model, sequences, batch_size, progress)
+    return run
 
 
 def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) -> Tensor:
@@ -327,49 +356,39 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
     raise ValueError(f"{type(model).__name__} is not a decoder that keeps its {count} layers in one list")
 
 
-def decoder_linears(model: Any) -> dict[str, dict[str, nn.Linear]]:
-    """For each of the decoder's layers the linear layers to quantize, by their names within it.
+def decoder_widths(model: Any) -> dict[str, dict[str, int]]:
+    """For each of the decoder's layers the matrices to quantize, by their names within it, and how many inputs each has.
 
-    Raises ValueError: experts in stacks, whose inputs cannot be told apart here, or see `select_layers`.
+    Names are those of `separate_experts`. Raises ValueError: weights that are not in memory, or see `select_layers`.
     """
     selection = select_layers(model)
-    if stacks := list(selection.stacks):
-        raise ValueError(
-            f"{type(model).__name__} holds {stacked_share(model, stacks):.0%} of its weights in stacks of experts "
-            f"({stacks[0]} and {len(stacks) - 1} more), which calibration does not reach; `quantize` rounds them to nearest"
-        )
-    chosen = {name: layer for name, layer in selection.layers.items() if isinstance(layer, nn.Linear)}
-    return {
-        prefix: {name[len(prefix) + 1 :]: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.")}
-        for prefix in decoder_layers(model)
-    }
-
-
-def check_groups(model: Any, grid: Grid) -> None:
-    """Raise ValueError unless every linear layer of the decoder can be quantized so."""
-    bits, group_size = grid.bits, grid.group_size
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be a positive int, got {group_size!r}")
-    widths: dict[int, str] = {}
-    for prefix, linears in decoder_linears(model).items():
-        for name, linear in linears.items():
-            widths.setdefault(linear.in_features, f"{prefix}.{name}")
-    for width, name in widths.items():
-        if width % group_size:
-            fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in widths)]
-            raise ValueError(
-                f"group_size={group_size} does not divide the {width} inputs of {name}; "
-                f"for this model: {', '.join(map(str, fitting)) or 'none of the usual sizes'}"
-            )
+    widths: dict[str, dict[str, int]] = {prefix: {} for prefix in decoder_layers(model)}
+    for prefix, inside in widths.items():
+        for name, layer in selection.layers.items():
+            if isinstance(layer, nn.Linear) and name.startswith(f"{prefix}."):
+                check_present(name, layer)
+                inside[name.removeprefix(f"{prefix}.")] = layer.in_features
+        for name, stack in selection.stacks.items():
+            if name.startswith(f"{prefix}."):
+                check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
+                width = stack.shape[1 if transposed(model, name) else 2]
+                inside |= {f"{name.removeprefix(f'{prefix}.')}.{i}": width for i in range(len(stack))}
+    return widths
 
 
 def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
-    """Exchange linear layers for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
+    """Exchange linear layers and experts for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
+    stacks = expert_stacks(model)
+    experts: dict[str, list[QuantizedTensor]] = {}
     for name, q in quantized.items():
-        linear = model.get_submodule(name)
-        replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+        if (stack := name.rpartition(".")[0]) in stacks:
+            experts.setdefault(stack, []).append(q)
+        else:
+            linear = model.get_submodule(name)
+            replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+    for name, matrices in experts.items():
+        empty = QuantizedExperts.like(stacks[name], Scheme.of(matrices[0]), transposed(model, name))
+        put_experts(model, name, empty.fill(matrices))
     scheme = replace(Scheme.of(next(iter(quantized.values()))), threshold=threshold)
     mark_quantized(model, scheme)
     return model

@@ -25,7 +25,7 @@ from torch import Tensor
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.methods.calibrate import Calibration, calibrate, check_groups, install
+from optinfer.quantization.methods.calibrate import Calibration, calibrate, install
 from optinfer.quantization.methods.grid import Grid
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
@@ -202,7 +202,7 @@ def gptq(
     """
     grid = Grid(bits, group_size, symmetric)
     run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, grid)
+    run.check_groups(grid)
     quantized: dict[str, QuantizedTensor] = {}
     for layer in run:
         for name, linear in layer.linears.items():

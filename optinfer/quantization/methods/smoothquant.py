@@ -37,7 +37,8 @@ def smooth_layer(layer: CalibrationLayer, alpha: float = 0.5) -> None:
     for scaling in scaling_groups(layer.module):
         if not isinstance(layer.module.get_submodule(scaling.previous), nn.Linear):
             weights = [layer.linears[name].weight for name in scaling.linears]
-            scale = smoothing_scale(layer.statistics[scaling.linears[0]].max_abs, weights, alpha)
+            max_abs = torch.stack([one.max_abs for one in layer.statistics_of(scaling.linears)]).amax(0)
+            scale = smoothing_scale(max_abs, weights, alpha)
             found.append((scaling, scale))
     for scaling, scale in foldable(layer, found):
         fold(layer.module, scaling, scale)
