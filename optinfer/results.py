@@ -155,6 +155,14 @@ def read(path: str | os.PathLike[str]) -> Recorded:
         raise ValueError(f"{path} is not a file of recorded results: {error}") from error
 
 
+def recordings() -> list[Recorded]:
+    """All of the course's recorded results, by chip and suite."""
+    from optinfer import data
+
+    found = map(read, (data.root() / "data" / "results").glob("*.json"))
+    return sorted(found, key=lambda r: (r.chip, r.suite))
+
+
 def load(suite: str, device: str | None = None) -> Recorded | None:
     """The course's recorded results of a suite; None when nobody has measured it.
 
@@ -164,7 +172,5 @@ def load(suite: str, device: str | None = None) -> Recorded | None:
         suite: the benchmark's name.
         device: part of a device's name such as ``"h200"``; any device when None.
     """
-    folder = data.root() / "data" / "results"
-    found = [read(path) for path in sorted(folder.glob(f"{suite}-*.json"))]
-    wanted = [r for r in found if r.suite == suite and (device is None or slug(device) in slug(r.device))]
+    wanted = [r for r in recordings() if r.suite == suite and (device is None or slug(device) in slug(r.device))]
     return max(wanted, key=lambda r: (r.likeness(), r.provenance["date"]), default=None)
