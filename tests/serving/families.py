@@ -71,7 +71,7 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
     auto = auto or AutoModelForCausalLM
     config = config_class()
     text = config.get_text_config()
-    lists = _four_entries(text)
+    lists = _lists_of_layers(text)
     latent = any(_get(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     for usual, names in SIZES.items():
         for name in names:
@@ -82,9 +82,8 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
                 _set(text, name, size)
     for name, value in {**TOKENS, **lists, **SPECIAL.get(config_class.__name__, {}), **changes}.items():
         _set(text, name, value)
-    kinds = _get(text, "layer_types")
-    if kinds:
-        _set(text, "layer_types", (list(dict.fromkeys(kinds)) * 4)[:4])
+    if kinds := _get(text, "layer_types"):
+        _set(text, "layer_types", _one_of_each(kinds))
     for name in ("vision_config", "audio_config"):
         if (tower := _get(config, name)) is not None:
             _shrink(tower)
@@ -100,11 +99,16 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
     return model
 
 
-def _four_entries(text):
-    """Lists with an entry for each layer, cut to a tiny model's four: one of every value."""
+def _one_of_each(values):
+    """For the four layers of a tiny model: one of every value."""
+    return (list(dict.fromkeys(values)) * 4)[:4]
+
+
+def _lists_of_layers(text):
+    """Other lists with an entry for each layer, for four."""
     count = _get(text, "num_hidden_layers")
     return {
-        name: (list(dict.fromkeys(value)) * 4)[:4]
+        name: _one_of_each(value)
         for name, value in vars(text).items()
         if name != "layer_types" and isinstance(value, (list, tuple)) and len(value) == count
         if all(isinstance(one, (str, int, float)) for one in value)
