@@ -8,6 +8,7 @@ Each picture is one element of one page; the same run gives the same picture but
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from browser import chromium, served
 from playwright.sync_api import Page
@@ -43,7 +44,7 @@ SCRUB = """(slider, share) => {
 }"""
 
 
-def take(page: Page, address: str, picture: Picture, theme: str) -> bytes:
+def take(page: Page, address: str, picture: Picture, theme: Literal["light", "dark"]) -> bytes:
     page.set_viewport_size({"width": picture.width, "height": 1600})
     page.emulate_media(color_scheme=theme)
     page.goto(address + picture.page)
@@ -61,7 +62,8 @@ def main() -> None:
     if not (BOOK / "index.html").exists():
         raise SystemExit("build the book first: make book")
     with served(BOOK) as address, chromium() as browser:
-        for theme in ("light", "dark"):
+        themes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+        for theme in themes:
             page = browser.new_context(device_scale_factor=1.5).new_page()
             for picture in PICTURES:
                 target = IMAGES / f"{picture.name}-{theme}.png"

@@ -92,8 +92,11 @@ def _imported(node: ast.AST, name: str, known: dict[str, Path], runs: bool = Tru
 
 def _source(node: ast.ImportFrom, name: str, known: dict[str, Path]) -> str:
     """The full name of what ``from … import`` imports from in the module `name`."""
+    within = node.module or ""
+    if not node.level:
+        return within
     inside = [*name.split("."), *["__init__"] * (known[name].name == "__init__.py")]
-    return ".".join([*inside[: -node.level], *[node.module] * bool(node.module)]) if node.level else node.module or ""
+    return ".".join([*inside[: -node.level], *filter(None, [within])])
 
 
 def room(module: str) -> str:

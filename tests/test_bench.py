@@ -105,10 +105,10 @@ def test_suites_make_their_rows():
     """The small ones; `tests/test_gpu_day.py` runs the parts of the others."""
     made = [*kv_cache.operation_costs([200], 2), *kv_cache.waste(8), *kv_cache.sharing(8)]
     typed = rows.read("kv_cache", made)
-    assert {row.kind for row in typed} == {"operation", "waste", "sharing"}
+    assert {row.names["kind"] for row in typed} == {"operation", "waste", "sharing"}
     assert len({tuple(row.names.items()) for row in typed}) == len(typed)
     (timed,) = rows.read("quantization", [quantization.row("nf4", "optinfer", "token, batch 1", [1.0, 3.0, 2.0])])
-    assert (timed.seconds, timed.fastest, timed.samples) == (2.0, 1.0, [1.0, 3.0, 2.0])
+    assert timed.as_dict().items() >= {"seconds": 2.0, "fastest": 1.0, "variant": "nf4"}.items()
 
 
 def test_memory_skipped_peers_and_repeated_rows_are_compared():

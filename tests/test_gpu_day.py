@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_tiles_become_a_patch_that_python_reads(tmp_path):
     ]
     for path, before, after in tiles.proposals(rows):
         name = Path(path).stem
-        space = {"__name__": name, "__file__": path}
+        space: dict[str, Any] = {"__name__": name, "__file__": path}
         added = [line for line in after.splitlines() if line not in before.splitlines()]
         assert len(added) == 1
         module = __import__(f"optinfer_kernels.{name}", fromlist=["TILES"])

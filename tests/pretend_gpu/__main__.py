@@ -10,6 +10,7 @@ from tests.pretend_gpu.plugin import install
 if __name__ == "__main__":
     card = os.environ.get("PRETEND_GPU", "h100")
     os.environ.update(environment(card))
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # its CUDA library would need a real one
     install(card)
     once.install()
     if sys.argv[1:2] != ["-m"] or len(sys.argv) < 3:
