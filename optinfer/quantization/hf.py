@@ -28,8 +28,8 @@ from optinfer.quantization.experts import (
     quantize_experts,
     transposed,
 )
-from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_weights
-from optinfer.quantization.linear import QuantizedLinear, parameter_name
+from optinfer.quantization.layers import recorded, select_layers, unquantized_weights
+from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
 from optinfer.quantization.model import replace_module, restore
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
