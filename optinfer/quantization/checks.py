@@ -18,9 +18,7 @@ class CheckpointError(ValueError):
 
 
 def check_weight(weight: Tensor, name: str = "weight", ndim: int | None = 2) -> None:
-    """Raise unless `weight` is a non-empty, finite float32, bfloat16 or float16 tensor (of `ndim`
-    dimensions).
-    """
+    """Raise unless `weight` is a non-empty, finite float32, bfloat16 or float16 tensor (of `ndim` dimensions)."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
     if weight.dtype not in FLOAT_DTYPES:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one, restore_experts
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.linear import QuantizedLinear, matrix_of
 
 __all__ = ["Selection", "linear_layers", "restore", "select_layers", "unquantized_layers", "unquantized_weights"]
 
@@ -135,12 +135,6 @@ def recorded(names: Iterable[str], left: Iterable[str]) -> set[str]:
         else:
             found |= {name for name in names if name.endswith(f".{one}") or one.endswith(f".{name}")}
     return found
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in]: GPT-2's `Conv1D` stores it the other way round."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def _transposed_kinds() -> tuple[type, ...]:

@@ -63,8 +63,7 @@ def nf4_from_quantiles(offset: float = 0.9677083) -> np.ndarray:
 
 
 def dynamic_int8() -> tuple[float, ...]:
-    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold
-    double-quantized scales.
+    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold double-quantized scales.
 
     A sign bit, then a run of zeros that says the power of ten, then a linear fraction: seven decades with
     1, 2, 4 … 64 values each, so that small scales keep their relative precision.
@@ -170,9 +169,7 @@ class NumberFormat:
         return self.decode(self.encode(value))
 
     def fields(self, pattern: int) -> list[tuple[str, str]]:
-        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa",
-        "10…")]``.
-        """
+        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa", "10…")]``."""
         digits = format(pattern, f"0{self.bits}b")
         if self.kind == "codebook":
             return [("index", digits)]

@@ -86,15 +86,13 @@ def bitsandbytes_config(scheme: Scheme, left_alone: list[str]) -> dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------- reading
 def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a folder saved by bitsandbytes through transformers (or by `save_bitsandbytes`) as a quantized
-    model.
+    """Load a folder saved by bitsandbytes through transformers (or by `save_bitsandbytes`) as a quantized model.
 
     Args:
         dtype: of what is not quantized; default: as saved.
 
     Returns:
-        The model in eval mode, with a `QuantizedLinear` for each quantized layer: the same bits, our
-            products.
+        The model in eval mode, with a `QuantizedLinear` for each quantized layer: the same bits, our products.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.

@@ -50,12 +50,11 @@ def save_checkpoint(
     Args:
         model: a transformers model whose linears were quantized by `quantize`, `gptq`, `awq`, `qat` …
         path: the folder to make.
-        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and
-            fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
-            ``"bitsandbytes"`` (nf4, fp4, llm_int8), ``"mxfp4"`` (GPT-OSS's experts, its attention skipped). Quantize with
-            ``symmetric=True`` for compressed-tensors: transformers
-            (5.23, with compressed-tensors 0.20) cannot load affine files, not even those that library writes itself,
-            because it expects zero points unpacked. vLLM and the library's own decompressor read them; writing one warns.
+        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2
+            … int8), ``"awq"`` (int4), ``"bitsandbytes"`` (nf4, fp4, llm_int8), ``"mxfp4"`` (GPT-OSS's experts, its attention
+            skipped). Quantize with ``symmetric=True`` for compressed-tensors: transformers (5.23, with compressed-tensors
+            0.20) cannot load affine files, not even those that library writes itself, because it expects zero points
+            unpacked. vLLM and the library's own decompressor read them; writing one warns.
         tokenizer: saved along when given; the generation config always is.
         replace: whether a folder of that name gives way.
 

@@ -143,8 +143,7 @@ def quantize_4bit(
             bits per weight at block size 64.
 
     Returns:
-        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high
-            nibble.
+        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high nibble.
 
     Raises:
         TypeError: `weight` is no tensor of those dtypes.
@@ -201,9 +200,8 @@ def nest(absmax: Tensor) -> NestedScale:
 def _nearest_codes(values: Tensor, quant_type: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8 ``[n]``) and absmax (float32 ``[blocks]``) of a flat float32 tensor.
 
-    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``,
-    a short
-    last block is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
+    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``, a short last block
+    is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
     """
     full = len(values) // group_size * group_size
     blocks = values[:full].view(-1, group_size)
@@ -262,14 +260,8 @@ def _code_of_zero(quant_type: str) -> int:
     return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))
 
 
-_PAIRS: dict[tuple[str, str], Tensor] = {}
-
-
+@cache
 def _pairs(scheme: str, device: torch.device) -> Tensor:
     """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
-    key = (scheme, str(device))
-    if key not in _PAIRS:
-        code = codebook(scheme, device)
-        byte = torch.arange(256, device=device)
-        _PAIRS[key] = torch.stack([code[byte >> 4], code[byte & 15]], 1)
-    return _PAIRS[key]
+    code, byte = codebook(scheme, device), torch.arange(256, device=device)
+    return torch.stack([code[byte >> 4], code[byte & 15]], 1)

@@ -37,8 +37,7 @@ class GridTensor(QuantizedTensor):
         dtype: torch.dtype,
         group_index: Tensor | None = None,
     ) -> GridTensor:
-        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ,
-        AWQ…).
+        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ, AWQ…).
 
         Args:
             codes: integers in ``0 … 2**bits - 1``.
@@ -168,14 +167,12 @@ def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype:
 
     Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid
         has as many
-    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) /
-    (2**bits - 1)`` over a range widened to hold 0, zero point an integer code, so that 0.0 is restored
-    exactly.
+    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) / (2**bits - 1)`` over a
+    range widened to hold 0, zero point an integer code, so that 0.0 is restored exactly.
 
     Args:
         low, high: float32, any one shape.
-        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is
-            stored.
+        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is stored.
 
     Returns:
         scale (`dtype`) and zero point (float32 integers), shape of `low`.

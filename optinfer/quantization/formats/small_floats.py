@@ -112,7 +112,16 @@ class BlockFloats(QuantizedTensor):
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
-        return stored_blocks(BLOCK_FORMATS[scheme.name], scheme.group_size, shape)
+        form, (rows, columns) = BLOCK_FORMATS[scheme.name], shape
+        width = packed_width(columns, 4) if form.bits == 4 else columns
+        if form.block:
+            scale = (rows, -(-columns // form.block))
+        elif scheme.group_size == TILE:
+            scale = (-(-rows // TILE), -(-columns // TILE))
+        else:
+            scale = (1, 1) if scheme.group_size == -1 else (rows, 1)
+        stored: dict[str, Stored] = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
+        return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})
 
     def settled_group(self) -> int:
         assert isinstance(self.scale, Tensor)
@@ -138,19 +147,23 @@ class BlockFloats(QuantizedTensor):
         return scale if self.tensor_scale is None else scale / self.tensor_scale
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        width, scales = self.shape[1], self.scales()
         if self.bits == 4:
             table = torch.tensor(E2M1, device=self.device)
-            values = table[unpack_bits(self.packed[start:stop], 4, width).int()]
+            values = table[unpack_bits(self.packed[start:stop], 4, self.shape[1]).int()]
         else:
             values = self.packed[start:stop].float()
+        return (values * self.scales_of_weights(start, stop)).to(dtype or self.dtype)
+
+    def scales_of_weights(self, start: int, stop: int) -> Tensor:
+        """The scale of each weight in some rows, broadcastable to them."""
+        scales = self.scales()
         if scales.shape[0] == self.shape[0]:
             scales = scales[start:stop]
-        elif scales.shape[0] > 1:  # tiles
+        elif scales.numel() > 1:  # tiles
             scales = scales.repeat_interleave(TILE, 0)[start:stop]
         if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(self.group_size, 1)[:, :width]
-        return (values * scales).to(dtype or self.dtype)
+            scales = scales.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
+        return scales
 
     def kernel_weight(self) -> QuantizedWeight | None:
         if self.bits == 8 or self.shape[1] % self.group_size:
@@ -204,8 +217,7 @@ def quantize_blocks(
     q = BlockFloats(
         x, scale.contiguous(), weight.shape, weight.dtype, scheme, form.bits, block, tensor_scale=tensor_scale
     )
-    spread = _spread(q)
-    q.packed = _round(x / spread, form)
+    q.packed = _round(x / q.scales_of_weights(0, len(x)), form)
     return q
 
 
@@ -240,16 +252,6 @@ def _fp8_absmax(x: Tensor, group_size: int | str | None) -> tuple[int, Tensor]:
     return x.shape[1], x.abs().amax(1, keepdim=True)
 
 
-def _spread(q: BlockFloats) -> Tensor:
-    """The scale of every weight, broadcastable to the tensor."""
-    scales = q.scales()
-    if 1 < scales.shape[0] < q.shape[0] or (scales.shape[0] == 1 < scales.shape[1]):
-        scales = scales.repeat_interleave(TILE, 0)[: q.shape[0]]
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(q.group_size, 1)[:, : q.shape[1]]
-    return scales
-
-
 def _round(x: Tensor, form: BlockFormat) -> Tensor:
     """Numbers in units of their scale to codes, ties to even, beyond the largest: the largest."""
     if form.element != "e2m1":
@@ -261,17 +263,3 @@ def _round(x: Tensor, form: BlockFormat) -> Tensor:
     codes |= (x < 0).to(torch.uint8) << 3
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] << 4 | codes[:, 1::2]
-
-
-def stored_blocks(form: BlockFormat, group_size: int, shape: tuple[int, int]) -> dict[str, Stored]:
-    """Shape and dtype of what `quantize_blocks` stores. `group_size` 0: a row; -1: the tensor; 128 of fp8: tiles."""
-    rows, columns = shape
-    width = packed_width(columns, 4) if form.bits == 4 else columns
-    if form.block:
-        scale = (rows, -(-columns // form.block))
-    elif group_size == TILE:
-        scale = (-(-rows // TILE), -(-columns // TILE))
-    else:
-        scale = (1, 1) if group_size == -1 else (rows, 1)
-    stored = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
-    return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})

@@ -125,8 +125,7 @@ class QuantizedTensor:
         dtype: of the restored tensor.
         scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
         bits: of one code.
-        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
-            row).
+        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a row).
         zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
             codes have the fixed zero ``2 ** (bits - 1)``.
         group_index: int32 ``[in]``, the group of each input column, where groups are not consecutive columns
@@ -221,9 +220,7 @@ class QuantizedTensor:
 
     @property
     def absmax(self) -> Tensor:
-        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is
-        nested.
-        """
+        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is nested."""
         if self.SCALE != "absmax":
             raise AttributeError(f"scheme {self.scheme!r} has .scale, not .absmax")
         return self.scale.restore() if isinstance(self.scale, NestedScale) else self.scale
@@ -234,9 +231,7 @@ class QuantizedTensor:
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default:
-        `self.dtype`).
-        """
+        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default: `self.dtype`)."""
         dtype = dtype or self.dtype
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows, slab in self.slabs(dtype):

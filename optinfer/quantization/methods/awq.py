@@ -21,11 +21,10 @@ from torch.utils._pytree import tree_map
 
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import (
-    Calibration,
     CalibrationLayer,
     add_gram,
     calibrate,
-    install,
+    quantize_layers,
 )
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.grid import Grid
@@ -38,7 +37,6 @@ __all__ = [
     "gain_offset",
     "scaling_groups",
     "search_scale",
-    "unquantized_parameters",
 ]
 
 ALPHAS = tuple(i / 20 for i in range(20))  # the paper's grid: s = mean|x|^alpha
@@ -338,35 +336,17 @@ def awq(
     if rounding not in ("nearest", "gptq"):
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
     grid = Grid(bits, group_size, symmetric)
-    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
+    run = calibrate(model, tokenizer, texts, **calibration)
     run.check_groups(grid)
     for module in run.layers.values():
         scaling_groups(module)
-    quantized: dict[str, QuantizedTensor] = {}
-    others: dict[str, Tensor] = {}
-    for layer in run:
-        before = {name: p.data.clone() for name, p in unquantized_parameters(layer.module)}
-        scale_layer(layer, grid, search_tokens, trace)
-        for name, linear in layer.linears.items():
-            hessian = layer.statistics[name].hessian
-            if rounding == "gptq":
-                q = gptq_quantize(linear.weight, hessian, bits, group_size, symmetric=symmetric, act_order=True)
-            else:
-                weight = linear.weight.data
-                if clip and not name.endswith(("q_proj", "k_proj")):
-                    weight = clip_weight(weight, hessian, grid)
-                q = grid.quantize(weight)
-            layer.put(name, q)
-            quantized[f"{layer.name}.{name}"] = q
-        for name, p in unquantized_parameters(layer.module):
-            if not torch.equal(before[name], p.data):
-                others[f"{layer.name}.{name}"] = p.data.clone()
-    for name, tensor in others.items():  # the last layer is done: from here on nothing can fail
-        model.get_parameter(name).data.copy_(tensor)
-    return install(model, quantized)
 
+    def rounded(layer: CalibrationLayer, name: str) -> QuantizedTensor:
+        weight, hessian = layer.linears[name].weight.data, layer.statistics[name].hessian
+        if rounding == "gptq":
+            return gptq_quantize(weight, hessian, bits, group_size, symmetric=symmetric, act_order=True)
+        if clip and not name.endswith(("q_proj", "k_proj")):
+            weight = clip_weight(weight, hessian, grid)
+        return grid.quantize(weight)
 
-def unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Norm gains and biases: all parameters that are not a linear layer's weight."""
-    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
-    return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]
+    return quantize_layers(model, run, rounded, lambda layer: scale_layer(layer, grid, search_tokens, trace))

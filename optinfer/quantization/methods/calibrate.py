@@ -293,7 +293,7 @@ def calibrate(
 
     Args:
         model: a causal language model of transformers (Llama, Qwen, Mistral, Gemma and their like). Not changed.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; a ready `Calibration` is returned as it is.
         texts: calibration text; the course's when None.
         num_sequences, length: the text is cut into up to so many sequences of so many tokens.
         batch_size: at most so many sequences run through a layer at once.
@@ -303,6 +303,8 @@ def calibrate(
         CalibrationError: fewer tokens than the widest layer has inputs, so that its Hessian cannot have full rank.
         ValueError: a size is not positive, or the model is no decoder with a list of layers.
     """
+    if isinstance(tokenizer, Calibration):
+        return tokenizer
     for name, value in (("num_sequences", num_sequences), ("length", length), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
@@ -374,6 +376,45 @@ def decoder_widths(model: Any) -> dict[str, dict[str, int]]:
                 width = stack.shape[1 if transposed(model, name) else 2]
                 inside |= {f"{name.removeprefix(f'{prefix}.')}.{i}": width for i in range(len(stack))}
     return widths
+
+
+def quantize_layers(
+    model: Any,
+    run: Calibration,
+    rounded: Callable[[CalibrationLayer, str], QuantizedTensor],
+    prepare: Callable[[CalibrationLayer], None] = lambda layer: None,
+    threshold: float = 6.0,
+) -> Any:
+    """Quantize a decoder layer by layer, each calibrated on what those before it, already quantized, now produce.
+
+    Args:
+        rounded: gives a layer's matrix of that name in its quantized form.
+        prepare: may change the layer's copy before: its matrices, norms and biases.
+        threshold: of int8 activations' outliers.
+
+    Returns:
+        The same model; it is changed when the last layer is done.
+    """
+    quantized: dict[str, QuantizedTensor] = {}
+    others: dict[str, Tensor] = {}
+    for layer in run:
+        before = {name: p.data.clone() for name, p in _unquantized_parameters(layer.module)}
+        prepare(layer)
+        for name in layer.linears:
+            quantized[f"{layer.name}.{name}"] = q = rounded(layer, name)
+            layer.put(name, q)
+        for name, p in _unquantized_parameters(layer.module):
+            if not torch.equal(before[name], p.data):
+                others[f"{layer.name}.{name}"] = p.data.clone()
+    for name, tensor in others.items():  # from here on nothing can fail
+        model.get_parameter(name).data.copy_(tensor)
+    return install(model, quantized, threshold)
+
+
+def _unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Norm gains and biases: all parameters that are not a linear layer's weight."""
+    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
+    return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]
 
 
 def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
