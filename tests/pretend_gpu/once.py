@@ -130,7 +130,7 @@ def _paged(*args: Any, **options: Any) -> torch.Tensor:
 def _flash(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     from optinfer.attention import attention_reference
 
-    result = attention_reference(*args, **options)
+    result: Any = attention_reference(*args, **options)
     return (result[0], result[1].float()) if options.get("return_lse") else (result, None)
 
 
