@@ -1,11 +1,5 @@
 // The lines of a kernel with their counts, computed by optinfer/widgets/kernel_profile.py; here one measure is drawn.
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, keepKeys } from "./dom.js";
 
 const shown = (count) => count.toLocaleString("en");
 
@@ -25,8 +19,7 @@ function story(line) {
 }
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const lines = model.get("lines"), measures = model.get("measures");
   const choice = element("select", { "aria-label": "What is counted" },
     ...Object.entries(measures).map(([value, words]) => element("option", { value }, words)));
