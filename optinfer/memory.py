@@ -5,9 +5,12 @@ Everything is in bytes and follows from counting; nothing is fitted. One gigabyt
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer.kv_cache.layers import LayerCache, cache_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class ModelShape:
         return cls(name, hidden, intermediate, vocabulary, linear, other, linear + norms + embedding, cache)
 
     @classmethod
-    def of(cls, config: Any, name: str | None = None) -> "ModelShape":
+    def of(cls, config: "PreTrainedConfig", name: str | None = None) -> "ModelShape":
         """The shape of a transformers configuration: its model is built without memory (on the meta device) and counted.
 
         Raises:

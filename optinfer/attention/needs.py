@@ -11,10 +11,13 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "optinfer_examination"
 PROBE_TOKENS = 24
@@ -86,7 +89,7 @@ class ModelNeeds:
         return (len(self.layers), *shapes.pop())
 
 
-def examine(model: Any, max_length: int) -> ModelNeeds:
+def examine(model: PreTrainedModel, max_length: int) -> ModelNeeds:
     """Run a short random prompt through the model twice, see above. The model is left as it was.
 
     Args:
@@ -97,7 +100,7 @@ def examine(model: Any, max_length: int) -> ModelNeeds:
         UnsupportedModel: it needs what we do not do.
     """
     _refuse_by_config(model, max_length)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary // 8, vocabulary, (1, PROBE_TOKENS), generator=generator, device="cpu").to(
         model.device
@@ -176,7 +179,7 @@ def _refuse_hidden_window(model: Any, layers: tuple[LayerNeeds, ...], max_length
 
 
 @contextlib.contextmanager
-def in_eval_mode(model: Any) -> Iterator[None]:
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """In eval mode, whatever its owner left it in."""
     training = model.training
     if training:
@@ -197,9 +200,9 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
         raise UnsupportedModel(f"{type(model).__name__} cannot compute a plain prompt of token ids: {error}") from error
 
 
-def attention_configs(model: Any) -> list[Any]:
+def attention_configs(model: PreTrainedModel) -> list[Any]:
     """The configs in which the modules of a model look up their attention function."""
-    found = [model.config.get_text_config()]
+    found: list[Any] = [model.config.get_text_config()]
     found += [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
     return list({id(config): config for config in found}.values())
 

@@ -22,13 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer import data, hardware, models, results
 from optinfer.bench.rows import read
 from optinfer.quantization.methods.calibrate import calibrate
 from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUITE = "calibrated_quantization"
 EVALUATION_TOKENS = 8192
@@ -82,7 +85,7 @@ def measure_llm_compressor(method: str, bits: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | quality(model, tokenizer)
 
 
-def quality(model: Any, tokenizer: Any) -> dict[str, Any]:
+def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Perplexity on the course's evaluation text."""
     found = perplexity(model, tokenizer, data.text("evaluation"), max_tokens=EVALUATION_TOKENS)
     return {"perplexity": found.value, "stderr": found.stderr, "tokens": found.tokens, "windows": list(found.windows)}

@@ -1,12 +1,15 @@
 """One decoding step of a model: how long it takes, and what it had to compute and to move."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer import hardware, noise
 from optinfer.memory import ModelShape
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> dict[str, Any]:
+
+def decode_step(model: "PreTrainedModel", batch: int, context: int = 64, repeats: int = 5) -> dict[str, Any]:
     """Time one token for each of ``batch`` sequences that already hold ``context`` tokens.
 
     Returns:
@@ -42,7 +45,7 @@ def decode_step(model: Any, batch: int, context: int = 64, repeats: int = 5) -> 
     }
 
 
-def decode_steps(model: Any, batches: list[int], context: int = 64) -> list[dict[str, Any]]:
+def decode_steps(model: "PreTrainedModel", batches: list[int], context: int = 64) -> list[dict[str, Any]]:
     """`decode_step` for several batch sizes, with a progress bar; says so where the machine was too busy."""
     from tqdm.auto import tqdm
 

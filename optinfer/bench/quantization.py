@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from optinfer.bench.steps import BATCHES, beside_llama_cpp, row
 from optinfer.models import load_model
 from optinfer.quantization import quantize
 from optinfer.quantization.layers import linear_layers, replace_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PEERS = ("optinfer", "bitsandbytes")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -79,7 +82,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_tokens(model: Any, variant: str = "nf4", rounds: int = 3) -> list[dict[str, Any]]:
+def compare_tokens(model: PreTrainedModel, variant: str = "nf4", rounds: int = 3) -> list[dict[str, Any]]:
     """Time per token of the model, and of its quantized copy by each peer that is installed; for the notebook."""
     rows = _decode_rows("bf16", {"torch": model}, rounds)
     peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]

@@ -7,7 +7,7 @@ weight. The text that comes out is noise.
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from optinfer.memory import ModelShape
 from optinfer.quantization.layers import linear_layers, replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import resolve_scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTEXT = 512
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,7 +82,7 @@ def random_model(name: str, variant: str, device: torch.device) -> Any:
     return model.eval()
 
 
-def fill(model: Any, device: torch.device) -> None:
+def fill(model: PreTrainedModel, device: torch.device) -> None:
     """Random values for every parameter, in place or on `device` where it is still without memory."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -98,7 +101,7 @@ def fill(model: Any, device: torch.device) -> None:
         inner.rotary_emb = type(inner.rotary_emb)(model.config)
 
 
-def measure(model: Any, device: torch.device, repeats: int = 21) -> dict[str, Any]:
+def measure(model: PreTrainedModel, device: torch.device, repeats: int = 21) -> dict[str, Any]:
     """Memory of the weights, and time per token at batch 1 with a context of 512; on a GPU as a CUDA graph."""
     from transformers import StaticCache
 

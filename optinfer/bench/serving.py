@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +26,9 @@ from optinfer import cpu, data, models
 from optinfer.bench.worker import Worker, environment_of
 from optinfer.quantization.checkpoints.gguf import load_as_shipped
 from optinfer.serving import Completion, Engine, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = (
     "You are a patient teacher of computer science. Answer briefly, with one example, and say what you are unsure of."
@@ -117,7 +120,7 @@ class LlamaCpp:
 
 
 def make_trace(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     num_requests: int,
     rate: float | None = None,
     seed: int = 0,
@@ -135,11 +138,11 @@ def make_trace(
     trace, now = [], 0.0
     for i in range(num_requests):
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": rng.choice(texts)}]
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         if rate is not None:
             now += rng.expovariate(rate)
         length = rng.randint(8, longest) if lengths is None else lengths[i]
-        trace.append(TraceRequest(list(tokens), length, now))
+        trace.append(TraceRequest(list(encoded["input_ids"]), length, now))
     return trace
 
 
@@ -164,7 +167,7 @@ def run_engine(engine: Engine, trace: list[TraceRequest]) -> list[Completion]:
 
 
 @torch.inference_mode()
-def run_static(model: Any, trace: list[TraceRequest], batch_size: int = 16) -> list[list[int]]:
+def run_static(model: "PreTrainedModel", trace: list[TraceRequest], batch_size: int = 16) -> list[list[int]]:
     """transformers' `generate` on batches in order of arrival; each runs until its longest request is done."""
     results = []
     for first in range(0, len(trace), batch_size):
@@ -185,7 +188,7 @@ def run_static(model: Any, trace: list[TraceRequest], batch_size: int = 16) -> l
     return results
 
 
-def run_continuous(model: Any, trace: list[TraceRequest]) -> tuple[list[list[int]], float]:
+def run_continuous(model: "PreTrainedModel", trace: list[TraceRequest]) -> tuple[list[list[int]], float]:
     """transformers' continuous batching, which `generate_batch` stands on; here with an output length per request.
 
     Pages for as many tokens and a step as large as the engine has. Returns tokens, and the seconds they took after a
@@ -256,7 +259,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def throughput(
-    model: Any, trace: list[TraceRequest], rounds: int = 3, others: Sequence[Peer] = ()
+    model: "PreTrainedModel", trace: list[TraceRequest], rounds: int = 3, others: Sequence[Peer] = ()
 ) -> list[dict[str, Any]]:
     """Serve the trace with every peer in turn, after a warm-up, `rounds` times; the order rotates.
 
@@ -331,7 +334,7 @@ def throughput(
     return measured + unmeasured
 
 
-def latency(model: Any, trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
+def latency(model: "PreTrainedModel", trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
     """The trace's arrivals in real time: time to first token and time per output token, in seconds."""
     engine = Engine(model, num_blocks=_NUM_BLOCKS)
     peers: dict[str, Callable[[], list[Served]]] = {"optinfer": lambda: served(run_engine(engine, trace))}
@@ -388,7 +391,7 @@ def _memory(engine: Engine) -> dict[str, int]:
 
 
 def ladder(
-    model: Any,
+    model: "PreTrainedModel",
     quantized: Any,
     trace: list[TraceRequest],
     num_blocks: int = 256,

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -18,10 +18,13 @@ from optinfer.bench.worker import environment_of
 from optinfer.speculative import ChainDraft, Draft, PromptLookupDraft, Proposal, SelfDraft, speculative_decoding
 from optinfer.speculative.drafters import ModelDraft
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 KINDS = {"copy": "rewrite", "summarize": "summarize", "open": "chat", "code": "code"}
 
 
-def encode(tokenizer: Any, prompt: str, device: Any = "cpu") -> Any:
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: Any = "cpu") -> Any:
     """A chat prompt, ready for `generate`."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -29,7 +32,10 @@ def encode(tokenizer: Any, prompt: str, device: Any = "cpu") -> Any:
 
 
 def verify_curve(
-    model: Any, widths: Iterable[int] = (1, 2, 3, 4, 5, 6, 8, 11, 16), context: int = 128, repeats: int = 9
+    model: "PreTrainedModel",
+    widths: Iterable[int] = (1, 2, 3, 4, 5, 6, 8, 11, 16),
+    context: int = 128,
+    repeats: int = 9,
 ) -> dict[int, float]:
     """Seconds of one pass over 1, 2, … tokens with ``context`` tokens in the cache: medians of interleaved repeats."""
     from transformers import DynamicCache
@@ -53,8 +59,8 @@ def verify_curve(
 
 
 def compare(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
     modes: dict[str, dict[str, Any]],
     new_tokens: int = 64,
@@ -141,7 +147,7 @@ def ours(draft: Any, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -
     }
 
 
-def default_modes(model: Any) -> dict[str, dict[str, Any]]:
+def default_modes(model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
     """Plain, transformers' two, and ours; the trained head where it fits this model and is installed."""
     from optinfer.errors import OptinferError
     from optinfer.speculative.draft_head import HeadDraft
@@ -219,7 +225,7 @@ class OracleDraft(Draft):
 
 
 def trade_off(
-    model: Any,
+    model: "PreTrainedModel",
     inputs: Any,
     accuracies: Iterable[float] = (0.0, 0.5, 0.8, 1.0),
     lengths: Iterable[int] = (1, 3, 5, 10),

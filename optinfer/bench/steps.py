@@ -7,12 +7,15 @@ import copy
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer.bench.serving import LlamaCpp, Served, TraceRequest, run_engine, served
 from optinfer.bench.worker import environment_of
 from optinfer.quantization import quantize
 from optinfer.serving import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Ours, and llama.cpp's name for as many bits; its 8 and 4 bits include the head, ours leave that in bf16.
 FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
@@ -20,7 +23,7 @@ BATCHES = (1, 8, 16, 64)
 PROMPT, NEW_TOKENS = 16, 40
 
 
-def beside_llama_cpp(model: Any, batches: Sequence[int] = BATCHES, rounds: int = 5) -> list[dict[str, Any]]:
+def beside_llama_cpp(model: PreTrainedModel, batches: Sequence[int] = BATCHES, rounds: int = 5) -> list[dict[str, Any]]:
     """Seconds of one step per format, batch size and peer: medians, all peers of a batch taking turns.
 
     llama.cpp takes part where `OPTINFER_LLAMA_CPP_PYTHON` names the python of its environment.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from optinfer.quantization.formats.small_floats import E2M1
 from optinfer.quantization.layers import linear_layers
 from optinfer.quantization.number_formats import FP4, NF4
 from optinfer.quantization.quality import Agreement, kl_divergence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["DESIGNS", "Design"]
 
@@ -81,7 +84,9 @@ class Design:
         """Relative error of a weight: the root of its mean square over the weight's."""
         return float((self.restore(weight).float() - weight.float()).norm() / weight.float().norm())
 
-    def judge(self, model: Any, tokenizer: Any, text: str, max_tokens: int = 512) -> Agreement:
+    def judge(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int = 512
+    ) -> Agreement:
         """How far the model's words move when its linear layers hold this format. The model stays as it is."""
         other = copy.deepcopy(model)
         for linear in linear_layers(other).values():

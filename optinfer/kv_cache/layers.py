@@ -13,7 +13,10 @@ Counted is what a layer holds while the newest token is computed. Pure Python: i
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4  # int8 keeps one fp32 scale per token and head, for keys and for values
@@ -59,7 +62,7 @@ class LayerCache:
         return self.tokens(length) * self.bytes_per_token(dtype) + state
 
 
-def cache_layers(config: Any) -> tuple[LayerCache, ...]:
+def cache_layers(config: "PreTrainedConfig") -> tuple[LayerCache, ...]:
     """What each layer keeps, first layer first.
 
     Args:

@@ -11,7 +11,7 @@ of pages, so every step gathers the pages of each sequence into one contiguous t
 from collections import Counter
 from itertools import count
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from optinfer.kv_cache.block_manager import BlockManager, OutOfBlocks
 from optinfer.kv_cache.pool import KVPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PagedLayer(CacheLayerMixin):
@@ -94,7 +97,7 @@ class PagedCache(Cache):
 
     @classmethod
     def for_model(
-        cls, model: Any, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
+        cls, model: "PreTrainedModel", num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
     ) -> "PagedCache":
         """A cache with the model's shape, device and (by default) dtype."""
         return cls(model.config, num_blocks, block_size, dtype or model.dtype, model.device)

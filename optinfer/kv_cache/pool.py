@@ -9,7 +9,7 @@ engine and the attention kernels all use this pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from optinfer import cpu
 from optinfer.kv_cache.memory import kv_shape
 from optinfer.upload import upload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -70,7 +73,7 @@ class KVPool:
         self._cpu_pages: list[cpu.Pages] | None = None
 
     @classmethod
-    def for_config(cls, config: Any, num_blocks: int, block_size: int = 16, **options: Any) -> KVPool:
+    def for_config(cls, config: PreTrainedConfig, num_blocks: int, block_size: int = 16, **options: Any) -> KVPool:
         """A pool of a transformers configuration's shape; `options`: dtype, device.
 
         Raises ValueError: the configuration describes another kind of cache (see `kv_shape`).

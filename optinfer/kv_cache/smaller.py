@@ -12,7 +12,7 @@ prompt.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from optinfer.kv_cache.layers import cache_layers
 from optinfer.kv_cache.memory import kv_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 GROUP = 32  # tokens that share a key scale, and channels that share a value scale
 
@@ -130,7 +133,7 @@ class SmallerCache(Cache):
         return sum([layer.nbytes for layer in self.layers])
 
 
-def quantized_kv(config: Any, bits: int = 8, per_channel_keys: bool = True) -> SmallerCache:
+def quantized_kv(config: "PreTrainedConfig", bits: int = 8, per_channel_keys: bool = True) -> SmallerCache:
     """A cache in 8 or 4 bits.
 
     Raises ValueError: other bits; a model whose layers do not all keep keys and values of all tokens, in heads of a multiple
@@ -144,7 +147,7 @@ def quantized_kv(config: Any, bits: int = 8, per_channel_keys: bool = True) -> S
     return SmallerCache(layers=[QuantizedKVLayer(bits, per_channel_keys) for _ in range(_num_layers(config))])
 
 
-def sink_cache(config: Any, sinks: int = 4, window: int = 128) -> SmallerCache:
+def sink_cache(config: "PreTrainedConfig", sinks: int = 4, window: int = 128) -> SmallerCache:
     """A cache of `sinks` first and `window` last tokens. Feed a prompt in one piece, then token by token."""
     if sinks < 0 or window < 1:
         raise ValueError(f"sinks must not be negative and window at least 1, got {sinks!r} and {window!r}")
@@ -170,7 +173,7 @@ class Judgement:
 
 
 @torch.no_grad()
-def judge_cache(model: Any, tokens: Tensor, make_cache: Callable[[], Cache], prompt: int) -> Judgement:
+def judge_cache(model: "PreTrainedModel", tokens: Tensor, make_cache: Callable[[], Cache], prompt: int) -> Judgement:
     """Read `tokens` [1, n] once with a full cache and once with another, the first `prompt` in one piece, the rest one by one.
 
     Raises ValueError: no token is left after the prompt.
@@ -194,7 +197,9 @@ def _read(model: Any, tokens: Tensor, cache: Cache, prompt: int) -> Tensor:
 
 
 @torch.no_grad()
-def find_needle(model: Any, prompt: Tensor, answer: Tensor, make_cache: Callable[[], Cache]) -> tuple[bool, float]:
+def find_needle(
+    model: "PreTrainedModel", prompt: Tensor, answer: Tensor, make_cache: Callable[[], Cache]
+) -> tuple[bool, float]:
     """Whether greedy decoding after `prompt` [1, n] says `answer` [m], and the answer's mean log-probability per token.
 
     The prompt's last token is fed on its own, so that what it sees is what the cache kept.

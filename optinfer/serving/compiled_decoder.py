@@ -5,7 +5,7 @@ at once, and one that moved (`.to()`, `load_state_dict(assign=True)`) is noticed
 """
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from optinfer.cpu import structs
 from optinfer.kv_cache.pool import KVPool
 from optinfer.serving.paged_batch import PagedBatch
 from optinfer.serving.rotary import Angles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +54,7 @@ class CompiledDecoder:
         )
 
     @staticmethod
-    def of(model: Any, pool: KVPool, head: Any) -> "CompiledDecoder | None":
+    def of(model: "PreTrainedModel", pool: KVPool, head: Any) -> "CompiledDecoder | None":
         """For models that `is_lean` knows; `head`: the layer that makes logits. None: no kernels, another device, or a layer
         that they cannot read.
         """

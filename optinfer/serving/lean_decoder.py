@@ -8,7 +8,7 @@ Families whose layer is this formula: Llama, Mistral, Qwen2, Qwen3. For others `
 engine calls the model as it is.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ from optinfer.serving.paged_batch import PagedBatch
 from optinfer.serving.rotary import Angles, depends_on_position_alone
 from optinfer.serving.watch import num_hooks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
 
-def is_lean(model: Any) -> bool:
+def is_lean(model: "PreTrainedModel") -> bool:
     """Whether the model is of a family whose formula we know, and computes nothing besides it."""
     if type(model).__name__ not in FAMILIES or model.config.hidden_act != "silu" or model.training:
         return False

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.lean_decoder import LeanDecoder, is_lean
 from optinfer.serving.paged_batch import Chunk, PagedBatch, attending
 from optinfer.serving.watch import Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelRunner:
@@ -206,7 +209,7 @@ class ModelRunner:
         return logits, out.hidden_states[-1][0] if self.keep_hidden else None
 
 
-def has_outliers(model: Any) -> bool:
+def has_outliers(model: "PreTrainedModel") -> bool:
     """Whether a layer looks at its input for features to keep in 16 bits (llm_int8), as no CUDA graph can."""
     schemes = (getattr(module, "scheme", None) for module in model.modules())
     return any(getattr(scheme, "name", None) == "llm_int8" for scheme in schemes)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from optinfer.serving.records import EngineStats
 from optinfer.serving.request import Completion, Delta, Request, RequestMetrics, Sequence
 from optinfer.serving.sampler import NO_TOKEN, Draw, choose
 from optinfer.serving.scheduler import ScheduledChunk, Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BROKEN = "the model's logits are not finite numbers (NaN or infinity): its weights, or its dtype, do not bear this text"
 
@@ -236,7 +239,7 @@ def _all_or_nothing(sequences: Iterable[list[Sequence]]) -> Iterator[None]:
         raise
 
 
-def end_of_sequence(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_of_sequence(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """The ids that `model.generate` stops at."""
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)

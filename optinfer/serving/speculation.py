@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from optinfer.speculative.draft_length import PRIOR_SLOPE
 from optinfer.speculative.drafters import Draft, ModelDraft, context_length, names
 from optinfer.speculative.sampler import Sampler
 from optinfer.upload import upload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GREEDY = Sampler(None, greedy=True)
 
@@ -47,7 +50,9 @@ class BatchDraft(Protocol):
         """The sequence is gone, or begins again."""
 
 
-def batch_drafts(draft: Any, target: Any, num_blocks: int, block_size: int, max_length: int) -> list[BatchDraft]:
+def batch_drafts(
+    draft: Any, target: "PreTrainedModel", num_blocks: int, block_size: int, max_length: int
+) -> list[BatchDraft]:
     """Who drafts for the batch, in the order in which they are asked, for what a user passes as `draft` (see `as_draft`).
 
     Raises ValueError: an unknown name, or a drafter that cannot draft for this model.

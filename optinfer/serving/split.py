@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from optinfer.serving.processes import run_in_processes
 from optinfer.serving.request import SamplingParams
 from optinfer.serving.tensor_parallel import Traffic, shard
 from optinfer.serving.watch import without_lookers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Share:
 
 
 def serve_in_parts(
-    model: Any, prompts: list[list[int]], max_tokens: int, processes: int = 2, **options: Any
+    model: "PreTrainedModel", prompts: list[list[int]], max_tokens: int, processes: int = 2, **options: Any
 ) -> list[Share]:
     """Greedy continuations by `processes` engines in lockstep, each with its part of every matrix and of the KV heads.
 
@@ -72,7 +75,7 @@ class Handed:
     decode_tokens: int
 
 
-def prefill_and_decode(model: Any, prompts: list[list[int]], max_tokens: int, **options: Any) -> Handed:
+def prefill_and_decode(model: "PreTrainedModel", prompts: list[list[int]], max_tokens: int, **options: Any) -> Handed:
     """One process computes the prompts and sends their blocks; another, with pages of its own, writes the continuations."""
     first, second = run_in_processes(_prefill_or_decode, 2, without_lookers(model), prompts, max_tokens, options)
     return Handed(second[0], first[0], first[1], second[1])

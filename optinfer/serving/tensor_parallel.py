@@ -12,11 +12,14 @@ to give each process a copy of a KV head (as vLLM does where there are fewer hea
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -37,7 +40,7 @@ def ring_bytes(nbytes: int, processes: int) -> int:
     return 2 * (processes - 1) * -(-nbytes // processes)
 
 
-def all_reduce_bytes(config: Any, tokens: int, processes: int, itemsize: int) -> int:
+def all_reduce_bytes(config: "PreTrainedConfig", tokens: int, processes: int, itemsize: int) -> int:
     """Bytes that a process sends in a forward pass of `tokens` tokens: two all-reduces per layer and one for the embedding."""
     numbers = tokens * config.hidden_size
     piece = -(-numbers // processes)
@@ -139,7 +142,7 @@ class GatheredHead(nn.Module):
         return self.ring.all_gather(nn.functional.linear(x, self.weight), self.sizes)
 
 
-def shard(model: Any, rank: int, processes: int) -> Ring:
+def shard(model: "PreTrainedModel", rank: int, processes: int) -> Ring:
     """Keep this process's part of a Llama-like model, in place; the others must run the same steps.
 
     Returns: the ring, which counts what is sent.

@@ -6,7 +6,7 @@ model.generate(**inputs, custom_generate=optinfer.speculative_decoding, draft="p
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from optinfer.speculative.sampler import Sampler
 from optinfer.speculative.statistics import Round, SpeculativeOutput, Statistics
 from optinfer.upload import upload
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # What `generate` prepares for a text; all of it is understood here, and nothing else is.
 _INPUTS_OF_TEXT = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
 
 def speculative_decoding(
-    model: Any,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     logits_processor: Any = None,
     stopping_criteria: Any = None,

@@ -12,7 +12,7 @@ the layer.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from optinfer import cpu
 from optinfer.errors import OptinferError
 from optinfer.speculative.drafters import Draft, Proposal
 from optinfer.speculative.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHIPPED = "smollm2-135m-instruct-head"
 
@@ -78,7 +81,7 @@ class DraftHead(nn.Module):
         self._cpu_weights: dict[str, cpu.CpuWeight] = {}
 
     @classmethod
-    def for_model(cls, target: Any, vocabulary: Tensor) -> "DraftHead":
+    def for_model(cls, target: "PreTrainedModel", vocabulary: Tensor) -> "DraftHead":
         """A new head, random but for its last norm, attached to ``target``."""
         c = target.config
         theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
@@ -97,7 +100,7 @@ class DraftHead(nn.Module):
         head.norms["final"].data.copy_(target.model.norm.weight.float())
         return head.attach(target)
 
-    def attach(self, target: Any) -> "DraftHead":
+    def attach(self, target: "PreTrainedModel") -> "DraftHead":
         """Share the target's embeddings and output rows; after this the layer's weights stay where and as they are."""
         if (
             target.config.hidden_size != self.sizes["hidden_size"]
@@ -230,7 +233,7 @@ class HeadDraft(Draft):
             ) from error
         return cls(DraftHead.load(path))
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         self.head.attach(target)
         self._vocab_size = target.config.vocab_size
         self._hidden: list[Tensor] = []  # of final tokens, not yet run through the head

@@ -8,13 +8,16 @@ import copy
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from optinfer.speculative.rollback import check_can_truncate
 from optinfer.speculative.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Draft:
     on_host = False  # whether it reads texts on the CPU, wherever the target is
     max_tokens: int | None = None  # more than this is never worth asking for
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         """Called once per text, before anything else, with the target model.
 
         Raises:
@@ -72,7 +75,7 @@ def names(drafts: Sequence[Draft]) -> list[str]:
     return [f"{kind} {kinds[:i].count(kind) + 1}" if kind in kinds[:i] else kind for i, kind in enumerate(kinds)]
 
 
-def context_length(model: Any) -> int:
+def context_length(model: "PreTrainedModel") -> int:
     """The longest text that the model's positions are made for, in tokens."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
@@ -90,7 +93,7 @@ class ModelDraft(Draft):
         self.model = model
         self.min_confidence = min_confidence
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         own, targets = (model.config.get_text_config().vocab_size for model in (self.model, target))
         if own != targets:
             raise ValueError(
@@ -155,7 +158,7 @@ class QuantizedDraft(ModelDraft):
         self.scheme, self.options = scheme, options
         self._source: Any = None
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         if self._source is not target:
             from optinfer.quantization import quantize
 
@@ -176,7 +179,7 @@ class SelfDraft(ModelDraft):
         super().__init__(None, min_confidence)
         self.layers = layers
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         total = target.config.num_hidden_layers
         kept = list(range(self.layers)) if isinstance(self.layers, int) else list(self.layers)
         if not kept or not all(0 <= i < total for i in kept):
@@ -275,7 +278,7 @@ class PromptLookupDraft(Draft):
         self._match = (0, 0)  # of the n-gram at the end of the text: its length, where its continuation starts
         self._finger = 0  # the place in the text that is being copied
 
-    def bind(self, target: Any) -> None:
+    def bind(self, target: "PreTrainedModel") -> None:
         self._new_text()
 
     def evidence(self, input_ids: Tensor) -> int:

@@ -6,7 +6,7 @@ The head first learns from the target's hidden states alone; for the rest of the
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from optinfer.folders import new_file
 from optinfer.hardware import has_fast_half
 from optinfer.speculative.distillation import distillation_loss, frequent_tokens
 from optinfer.speculative.draft_head import DraftHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
@@ -56,7 +59,9 @@ class HeadTraining:
         self._losses: list[float] = []
 
     @classmethod
-    def begin(cls, model: Any, shards: list[dict[str, Tensor]], trained: DraftHead | None = None) -> "HeadTraining":
+    def begin(
+        cls, model: "PreTrainedModel", shards: list[dict[str, Tensor]], trained: DraftHead | None = None
+    ) -> "HeadTraining":
         """For the tokens that are frequent in ``shards``: from a random layer, or from that of a ``trained`` head."""
         torch.manual_seed(RECIPE["seed"])
         chosen = frequent_tokens(shards, RECIPE["vocabulary"], model.config.vocab_size)
@@ -67,7 +72,7 @@ class HeadTraining:
         return run
 
     @classmethod
-    def resume(cls, path: Path, model: Any) -> "HeadTraining":
+    def resume(cls, path: Path, model: "PreTrainedModel") -> "HeadTraining":
         """From a checkpoint that `save` wrote."""
         from safetensors import safe_open
 

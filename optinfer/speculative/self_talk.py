@@ -8,13 +8,16 @@ length from first token to last: no padding, no mask.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from optinfer import cpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _GrowingLayer(DynamicLayer):
@@ -83,8 +86,8 @@ def _fast(model: Any) -> Iterator[None]:
 
 @torch.no_grad()  # not inference_mode: a head will be trained on what is returned
 def self_talk(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     rows: int,
     length: int,
     seed: int,
@@ -103,7 +106,7 @@ def self_talk(
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     opening, to_answer, to_user = _headers(tokenizer)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = cast(int, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     asked = None
     if questions is not None:
         asked = ([*tokenizer(q, add_special_tokens=False).input_ids, end] for q in questions)

@@ -11,7 +11,7 @@ tried in turn with the coin of `rejection`, p giving up after each refusal what 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from optinfer.speculative.draft_head import HeadDraft
 from optinfer.speculative.drafters import PromptLookupDraft
 from optinfer.speculative.rejection import residual_distribution
 from optinfer.speculative.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -220,7 +223,7 @@ class TreeOutput:
 
 @torch.no_grad()
 def tree_decoding(
-    model: Any,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     draft: Any,
     max_new_tokens: int,
