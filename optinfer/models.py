@@ -314,18 +314,18 @@ def _save_weights(reader: "GGUFReader", config: Any, path: Path) -> None:
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         kind = tensor.name.split(".")[-2]
         if kind in ("attn_q", "attn_k"):
-            values = _half_rotation_order(values, config.head_dim)
-        tensors[_transformers_name(tensor.name)] = values.to(torch.bfloat16).contiguous()
+            values = half_rotation_order(values, config.head_dim)
+        tensors[transformers_name(tensor.name)] = values.to(torch.bfloat16).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _half_rotation_order(weight: "torch.Tensor", head_dim: int) -> "torch.Tensor":
+def half_rotation_order(weight: "torch.Tensor", head_dim: int) -> "torch.Tensor":
     """GGUF interleaves the two halves that rotary embedding pairs (x0 y0 x1 y1 …); transformers wants x0 x1 … y0 y1 …"""
     rows, columns = weight.shape
     return weight.view(rows // head_dim, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _transformers_name(name: str) -> str:
+def transformers_name(name: str) -> str:
     parts = name.split(".")
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"

@@ -27,7 +27,7 @@ import torch
 
 import optinfer
 from optinfer import data
-from optinfer.results import write_whole
+from optinfer.folders import write_whole
 from optinfer.serving import Engine, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def hand_over(python: str, name: str, folder: Path, model: Any, tokenizer: Any, 
         texts = ask(python, address)
     rows = []
     for prompt, ours, theirs in zip(prompts(), done, texts):
-        row = compare(model, tokenizer, prompt, ours.text, theirs)
+        row = compare(model, tokenizer, prompt, ours.text or "", theirs)
         rows.append({"checkpoint": name, "prompt": prompt[:40], **row, "ours": ours.text, "vllm": theirs})
     return rows
 
@@ -138,7 +138,7 @@ def main() -> int:
             model, tokenizer = optinfer.load_model(dtype=dtype, device="cpu")
             folder = Path(temporary) / name
             if name == "W4A16":
-                quantized = optinfer.quantize(model, "int4", block_size=64, symmetric=True, progress=False)
+                quantized = optinfer.quantize(model, "int4", group_size=64, symmetric=True, progress=False)
                 optinfer.save_checkpoint(quantized, folder, "compressed-tensors", tokenizer)
             else:
                 model.save_pretrained(folder)

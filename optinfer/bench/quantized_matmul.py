@@ -67,9 +67,9 @@ def peers(device: torch.device) -> dict[str, Callable[[Tensor], Prepared]]:
     variants: dict[str, dict[str, Any]] = {
         "nf4": {"name": "nf4"},
         "nf4 + double quantization": {"name": "nf4", "double_quant": True},
-        "int4": {"name": "int4", "block_size": 64},
-        "int4 affine": {"name": "int4", "block_size": 64, "symmetric": False},
-        "int8": {"name": "int8", "block_size": "channel"},
+        "int4": {"name": "int4", "group_size": 64},
+        "int4 affine": {"name": "int4", "group_size": 64, "symmetric": False},
+        "int8": {"name": "int8", "group_size": "channel"},
     }
     for label, options in variants.items():
         found[f"optinfer {label}"] = functools.partial(_optinfer, **options)

@@ -15,8 +15,8 @@ from torch import nn
 from optinfer import hardware, noise
 from optinfer.bench.timing import in_turns, one_after_another
 from optinfer.memory import ModelShape
+from optinfer.quantization.layers import linear_layers, replace_module
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import linear_layers, replace_module
 from optinfer.quantization.schemes import resolve_scheme
 
 CONTEXT = 512
@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "nf4 + double quantization": {"name": "nf4", "double_quant": True},
-    "int4": {"name": "int4", "block_size": 64},
+    "int4": {"name": "int4", "group_size": 64},
 }
 
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from optinfer import cpu, data, models
 from optinfer.bench.worker import Worker, environment_of
+from optinfer.quantization.checkpoints.gguf import load_as_shipped
 from optinfer.serving import Completion, Engine, SamplingParams
 
 SYSTEM_PROMPT = (
@@ -232,9 +233,9 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     vLLM and llama.cpp take part where `OPTINFER_VLLM_PYTHON` and `OPTINFER_LLAMA_CPP_PYTHON` name the python of their
     environments; who is missing is said to be skipped.
     """
-    import optinfer
+    from optinfer.quantization import quantize
 
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = models.load_model()
     longest = 24 if quick else 96
     trace_of = functools.partial(make_trace, tokenizer, longest=longest)
     with contextlib.ExitStack() as stack:
@@ -249,8 +250,9 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
             rows += throughput(model, trace_of(num_requests), rounds, peers)
         rows += latency(model, trace_of(8 if quick else 32, rate=2.0), peers)
-    quantized = optinfer.quantize(copy.deepcopy(model), "int4", progress=False)
-    return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96)
+    quantized = quantize(copy.deepcopy(model), "int4", progress=False)
+    shipped, _ = load_as_shipped()
+    return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96, shipped=shipped)
 
 
 def throughput(
@@ -386,7 +388,12 @@ def _memory(engine: Engine) -> dict[str, int]:
 
 
 def ladder(
-    model: Any, quantized: Any, trace: list[TraceRequest], num_blocks: int = 256, rounds: int = 1
+    model: Any,
+    quantized: Any,
+    trace: list[TraceRequest],
+    num_blocks: int = 256,
+    rounds: int = 1,
+    shipped: Any = None,
 ) -> list[dict[str, Any]]:
     """The same trace and the same KV memory, with one idea more on each rung.
 
@@ -396,6 +403,7 @@ def ladder(
 
     Args:
         quantized: the same model with quantized weights; None leaves that rung out.
+        shipped: the same model in the 4 bits it was published in, one more rung where it is given.
     """
     longest = max(len(request.token_ids) + request.max_tokens for request in trace)
     reserved = max(1, num_blocks * 16 // longest)
@@ -419,6 +427,8 @@ def ladder(
     if quantized is not None:
         name = getattr(getattr(quantized.config, "quantization_config", None), "scheme", "quantized")
         rungs.append((f"+ {name} weights", quantized, {}))
+    if shipped is not None:
+        rungs.append(("weights as published (Q4_1)", shipped, {}))
     rungs.append(("+ prompt lookup", quantized if quantized is not None else model, {"draft": "prompt_lookup"}))
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in rungs}
     rows = {}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.card import Card
 from optinfer.course import exercises
-from optinfer.course.card import Card
 from optinfer.course.compare import Difference, difference, show
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
 from optinfer.course.time_limit import TooSlow, time_limit
@@ -453,7 +453,7 @@ def _parameters(exercise: Exercise, c: Case) -> list[str]:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
         if c.slow:
-            names = ["prompt", "new_tokens", "block_size"]
+            names = ["prompt", "new_tokens", "group_size"]
         elif not names:
             names = list(inspect.signature(exercise.answer).parameters)
     else:

@@ -13,7 +13,8 @@
 #include "numbers.hpp"
 #include "team.hpp"
 
-// A weight [rows, columns] where it lies. Codes are multiplied by a scale per `group` columns, after `zero` was taken off.
+// A weight [rows, columns] where it lies. A code is worth (code - zero) * scale, or code * scale + minimum, with a scale (and
+// zero or minimum) per `group` columns.
 struct Weight {
     int64 kind, rows, columns, row_bytes;
     const uint8_t* data;
@@ -25,10 +26,12 @@ struct Weight {
     const uint8_t* zeros;             // [rows, zero_bytes], packed as the codes are; no data: `zero` for all
     int64 zero_bytes;
     float zero;
+    Numbers minimums;                 // [rows, groups], in place of zeros
     uint8_t values[32];               // a codebook's values as `Codebook` wants them
     float value_unit;                 // what one step of those integers is worth; 1 for other formats
 
     bool quantized() const { return kind >= SIGNED8; }
+    bool shifted() const { return zeros || zero != 0 || minimums; }  // a code of 0 is not worth 0
 };
 
 // How a row is cut up. Integers are summed exactly over a step, whose columns share a scale of the weight and are so few
@@ -123,7 +126,7 @@ class Rows {
     int64 whole;               // units that lie there in full
     bool has_tail;             // what is left of a row stands, filled up with zeros, in `tails`
     uint8_t (&tails)[ROWS][TAIL];
-    const float *scales, *zeros;  // [count, steps]: scale; scale * zero point
+    const float *scales, *zeros;  // [count, steps]: scale; what is taken off code * scale
     const Cut& cut;
 
     Rows(const Weight& weight, const Cut& how) : w(weight), tails(kept().tails), cut(how), memory(kept()) {}
@@ -148,11 +151,11 @@ class Rows {
         std::vector<float>& restored = memory.restored;
         restored.resize(std::max<size_t>(restored.size(), ROWS * width + 16));
         float* to = (float*)(((size_t)restored.data() + 63) / 64 * 64);
-        const bool has_zeros = w.zeros || w.zero != 0;
+        const bool shifted = w.shifted();
         for (int64 row = 0; row < count; ++row)
             for (int64 u = 0; u < units; ++u) {
                 const int64 step = row * cut.steps + u / cut.step;
-                const float scale = scales[step] * w.value_unit, zero = has_zeros ? zeros[step] : 0;
+                const float scale = scales[step] * w.value_unit, zero = shifted ? zeros[step] : 0;
                 typename F::Vector numbers[2];
                 F::unpack(u < whole ? from + row * row_bytes + u * F::BYTES : tails[row], w.values, numbers[0], numbers[1]);
                 UNROLL for (int half = 0; half < 2; ++half) {
@@ -193,9 +196,14 @@ class Rows {
         } else {
             scales = (const float*)w.scales.data + from;  // as they are
         }
-        if (w.zero == 0 && !w.zeros) return;
+        if (!w.shifted()) return;
         memory.zeros.resize(ROWS * cut.steps + 16);
-        if (w.zeros) {
+        if (w.minimums) {
+            memory.points.resize(ROWS * each);
+            w.minimums.read(from, count * each, memory.points.data());
+            const float* minimums = spread(memory.points.data(), memory.spread);
+            for (int64 i = 0; i < count * cut.steps; ++i) memory.zeros[i] = -minimums[i];
+        } else if (w.zeros) {
             memory.points.resize(ROWS * each);
             for (int64 row = 0; row < count; ++row)
                 for (int64 group = 0; group < each; ++group) memory.points[row * each + group] = zero_point(first + row, group);
@@ -319,7 +327,7 @@ static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], c
             UNROLL for (int r = 0; r < R; ++r) total[m * R + r] += part[m * R + r] * scale;
         }
     }
-    if (w.zeros || w.zero != 0)  // (code - zero) * x = code * x - zero * x, and the second needs only the sums of x
+    if (w.shifted())  // (code - zero) * x = code * x - zero * x, and the second needs only the sums of x
         for (int64 s = 0; s < steps; s += F::Registers::LANES)
             UNROLL for (int r = 0; r < R; ++r) {
                 const Floats zero = load<Floats>(zeros + r * steps + s);

@@ -32,6 +32,7 @@ class Weight(ctypes.Structure):
         *((name, c_void_p) for name in ("scale_codes", "dynamic", "nested", "offset", "zeros")),
         ("zero_bytes", c_int64),
         ("zero", c_float),
+        ("minimums", Numbers),
         ("values", c_uint8 * 32),
         ("value_unit", c_float),
     )

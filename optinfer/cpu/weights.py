@@ -48,8 +48,9 @@ class CpuWeight:
         scale: Tensor,
         zero_point: Tensor | None = None,
         bias: Tensor | None = None,
+        minimum: Tensor | None = None,
     ) -> "CpuWeight | None":
-        """``(code - zero) * scale``.
+        """``(code - zero) * scale``, or ``code * scale + minimum``.
 
         Args:
             packed: 4 bits: uint8 [out, ceil(in / 2)], the first code in the high half; 8 bits: int8 [out, in], or uint8
@@ -57,6 +58,7 @@ class CpuWeight:
             group_size: columns that share a scale.
             scale: [out, groups] or [1, 1], float.
             zero_point: [out, ceil(groups * bits / 8)], packed as the codes are; None: symmetric.
+            minimum: in place of zero points, float, the shape of `scale`.
         """
         if bits not in (4, 8) or not _readable(packed, bias) or scale.dtype not in _FLOATS:
             return None
@@ -64,7 +66,7 @@ class CpuWeight:
         if groups > 1 and group_size % 32:
             return None
         one_scale = scale.shape == (1, 1) and rows > 1
-        if one_scale and zero_point is not None:
+        if one_scale and (zero_point is not None or minimum is not None):
             return None
         _check("packed", packed, (rows, -(-columns * bits // 8)))
         _check("scale", scale, (1, 1) if one_scale else (rows, groups))
@@ -82,6 +84,11 @@ class CpuWeight:
             zero_point = zero_point.contiguous()
             struct.zeros, struct.zero_bytes = zero_point.data_ptr(), zero_point.shape[1]
             tensors.append(zero_point)
+        if minimum is not None:
+            _check("minimum", minimum, (rows, groups))
+            minimum = minimum.contiguous()
+            struct.zero, struct.minimums = 0.0, structs.Numbers.of(minimum)
+            tensors.append(minimum)
         return cls._with_bias(struct, bias, *tensors)
 
     @classmethod
@@ -89,7 +96,7 @@ class CpuWeight:
         cls,
         packed: Tensor,
         shape: tuple[int, int],
-        block_size: int,
+        group_size: int,
         values: Tensor,
         absmax: Tensor,
         nested: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -104,15 +111,15 @@ class CpuWeight:
             nested: double quantization: (dynamic map float32 [256], absmax float32 per 256 blocks, offset float32 []).
         """
         rows, columns = shape
-        if not _readable(packed, bias) or columns % block_size or block_size % 32:
+        if not _readable(packed, bias) or columns % group_size or group_size % 32:
             return None
-        blocks = rows * columns // block_size
+        blocks = rows * columns // group_size
         _check("packed", packed.view(-1), (rows * columns // 2,))
         _check("absmax", absmax, (blocks,))
         if nested is not None:
             _check("nested absmax", nested[1], (-(-blocks // 256),))
         struct = _struct(structs.CODEBOOK, shape, columns // 2, packed)
-        struct.group, struct.groups = block_size, columns // block_size
+        struct.group, struct.groups = group_size, columns // group_size
         largest = float(values.abs().max())
         steps = (values.double() * (LARGEST_VALUE / largest)).round().to(torch.int32).tolist()
         struct.values = (ctypes.c_uint8 * 32)(*(s & 255 for s in steps), *(s >> 8 & 255 for s in steps))

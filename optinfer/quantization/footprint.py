@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from optinfer.quantization.experts import QuantizedExperts, transposed
-from optinfer.quantization.layers import matrix_of, select_layers
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.layers import select_layers
+from optinfer.quantization.linear import QuantizedLinear, matrix_of
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
@@ -21,20 +21,18 @@ def memory_footprint(
     scheme: str | Scheme | None = None,
     *,
     dtype: torch.dtype | None = None,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     skip: str | Iterable[str] = (),
 ) -> int:
-    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or
-    allocated.
+    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or allocated.
 
     Args:
-        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as
-            it is.
+        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as it is.
         scheme: as for `quantize`; None: not quantized.
         dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
-        block_size, double_quant, symmetric, skip: as for `quantize`.
+        group_size, double_quant, symmetric, skip: as for `quantize`.
 
     Returns:
         Bytes of all parameters, tied ones once. Buffers (rotary tables, some kilobytes) are not weights.
@@ -43,7 +41,7 @@ def memory_footprint(
         ValueError: as `quantize`: unknown scheme or option, stacks of matrices of an unknown kind, quantized already.
     """
     if scheme is not None and not isinstance(scheme, Scheme):
-        scheme = resolve_scheme(scheme, block_size, double_quant, symmetric)
+        scheme = resolve_scheme(scheme, group_size, double_quant, symmetric)
     model = config_or_model
     if not isinstance(model, nn.Module):
         model = empty_model(config_or_model, dtype or torch.bfloat16)

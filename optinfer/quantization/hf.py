@@ -2,8 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(path, quantization_config=OptinferConfig("nf4", double_quant=True))
 
-`import optinfer` makes the quantizer known (`optinfer.plugins`). A folder saved this way needs that import
-before it is loaded again: transformers only warns about a method it does not know.
+`import optinfer` makes the quantizer known (`optinfer.plugins`). A folder saved this way needs that import before it is loaded
+again. Without it transformers only warns that it does not know the method, and would take codes for weights, so codes never
+lie in files in the shape of the weights that they stand for (see `_seal`): the shapes do not fit, and transformers refuses.
 """
 
 from __future__ import annotations
@@ -25,12 +26,10 @@ from optinfer.quantization.experts import (
     QuantizedExperts,
     put_experts,
     quantize_experts,
-    restore_experts,
     transposed,
 )
-from optinfer.quantization.layers import matrix_of, recorded, select_layers, unquantized_weights
-from optinfer.quantization.linear import QuantizedLinear, parameter_name
-from optinfer.quantization.model import replace_module
+from optinfer.quantization.layers import recorded, replace_module, restore, select_layers, unquantized_weights
+from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]
@@ -43,10 +42,11 @@ class OptinferConfig(QuantizationConfigMixin):
     """How to quantize a model on load: what `quantize` takes, as a configuration that travels with a checkpoint.
 
     Args:
-        scheme, double_quant, block_size, symmetric, threshold: see `optinfer.quantization.quantize`.
+        scheme, double_quant, group_size, symmetric, threshold: see `optinfer.quantization.quantize`.
         modules_to_not_convert: names of further layers to leave alone, as `quantize` takes them in `skip`. In the
             configuration of a quantized model: the full names of all linear layers that hold ordinary weights.
         act_order: columns carry a group index (checkpoints from GPTQ in activation order).
+        block_size: what older folders call `group_size`.
 
     Raises:
         ValueError: unknown scheme, or an option the scheme does not have.
@@ -56,19 +56,21 @@ class OptinferConfig(QuantizationConfigMixin):
         self,
         scheme: str = "nf4",
         double_quant: bool = False,
-        block_size: int | str | None = None,
+        group_size: int | str | None = None,
         symmetric: bool = True,
         threshold: float = 6.0,
         modules_to_not_convert: list[str] | None = None,
         act_order: bool = False,
         quant_method: str = METHOD,
+        block_size: int | str | None = None,
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
-        resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
+        group_size = block_size if group_size is None else group_size
+        resolved = resolve_scheme(scheme, group_size, double_quant, symmetric, threshold)
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration is closed, plug-ins use strings
         self.scheme = resolved.name
-        self.block_size = resolved.block_size
+        self.group_size = resolved.group_size
         self.double_quant = resolved.double_quant
         self.symmetric = resolved.symmetric
         self.threshold = resolved.threshold
@@ -83,7 +85,7 @@ class OptinferConfig(QuantizationConfigMixin):
 
     def resolve(self) -> Scheme:
         """The scheme this configuration describes."""
-        return Scheme(self.scheme, self.block_size, self.double_quant, self.symmetric, self.threshold, self.act_order)
+        return Scheme(self.scheme, self.group_size, self.double_quant, self.symmetric, self.threshold, self.act_order)
 
 
 class _UnquantizedLinear(QuantizedLinear):
@@ -162,6 +164,8 @@ class OptinferQuantizer(HfQuantizer):
             self.stacks = list(stacks)
         if not layers and not stacks:
             raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
+        files = kwargs.get("checkpoint_files") or ()
+        sealed = self.pre_quantized and _is_sealed(files)
         for layer in layers.values():
             rows, columns = matrix_of(layer).shape
             arguments = (columns, rows, self.scheme, layer.bias is not None, layer.weight.dtype)
@@ -170,9 +174,11 @@ class OptinferQuantizer(HfQuantizer):
                     new = QuantizedLinear(*arguments)
                 else:
                     new = _UnquantizedLinear(*arguments, transposed=not isinstance(layer, nn.Linear))
+            if sealed:
+                _seal(new)
             replace_module(model, layer, new)
         if self.pre_quantized:
-            _check_complete(model, kwargs.get("checkpoint_files") or ())
+            _check_complete(model, files)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -198,6 +204,8 @@ class OptinferQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check what came: transformers only warns about tensors that are missing or do not fit."""
         for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                _unseal(module)
             if isinstance(module, (QuantizedLinear, QuantizedExperts)):
                 _check_loaded(name, module)
             if isinstance(module, _UnquantizedLinear):
@@ -211,6 +219,14 @@ class OptinferQuantizer(HfQuantizer):
         save_under_own_names(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes."""
+        state = model.state_dict()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, QuantizedLinear) and _could_be_taken_for_weights(module):
+                state[f"{name}.weight"] = state[f"{name}.weight"].unsqueeze(-1)
+        return state, {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -219,12 +235,39 @@ class OptinferQuantizer(HfQuantizer):
         return False
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for module in list(model.modules()):
-            if isinstance(module, QuantizedLinear):
-                linear = module.dequantize()
-                replace_module(model, module, linear if dtype is None else linear.to(dtype))
-        restore_experts(model, dtype)
+        restore(model, dtype)
         return model
+
+
+def _could_be_taken_for_weights(layer: QuantizedLinear) -> bool:
+    return tuple(layer.weight.shape) == (layer.out_features, layer.in_features)
+
+
+def _seal(layer: QuantizedLinear) -> None:
+    """Give the codes of 8 bits the shape that they have in files: ``[out, in, 1]``."""
+    if _could_be_taken_for_weights(layer):
+        layer.weight = nn.Parameter(layer.weight.data.unsqueeze(-1), requires_grad=False)
+
+
+def _unseal(layer: QuantizedLinear) -> None:
+    if layer.weight.shape == (layer.out_features, layer.in_features, 1):
+        layer.weight.data = layer.weight.data.squeeze(-1)
+
+
+def _is_sealed(files: Iterable[str]) -> bool:
+    """Whether codes lie in these files as `_seal` has them; folders written before it hold them as ``[out, in]``."""
+    from safetensors import safe_open
+
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  # no dictionary
+                if key.endswith(".weight"):
+                    stored = opened.get_slice(key)
+                    if stored.get_dtype() in ("I8", "U8", "F8_E4M3", "F8_E5M2") and stored.get_shape()[2:] == [1]:
+                        return True
+    return False
 
 
 def save_under_own_names(model: Any) -> None:

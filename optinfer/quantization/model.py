@@ -10,18 +10,18 @@ from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.experts import quantize_experts
-from optinfer.quantization.layers import Selection, linear_layers, matrix_of, select_layers, unquantized_weights
+from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
-__all__ = ["linear_layers", "mark_quantized", "quantize", "refuse_quantized", "replace_module"]
+__all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
 
 def quantize(
     model: nn.Module,
     scheme: str = "nf4",
     *,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
@@ -35,8 +35,8 @@ def quantize(
 
     Args:
         model: a transformers model or any module, weights in float32, bfloat16 or float16.
-        scheme: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4``.
-        block_size: weights per scale; None: the scheme's default (64; int8 and fp8: a row). ``"channel"``: a row.
+        scheme: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
+        group_size: weights per scale; None: the scheme's default (64; int8 and fp8: a row). ``"channel"``: a row.
         double_quant: nf4 and fp4: store the scales in 8 bits too.
         symmetric: int2 … int8: False stores a zero point with each scale.
         threshold: llm_int8: features this large stay in 16 bits.
@@ -53,7 +53,7 @@ def quantize(
             model that computes something else once its layers are exchanged.
         TypeError: `model` is no module; a weight of another dtype. In all cases nothing has changed.
     """
-    resolved = resolve_scheme(scheme, block_size, double_quant, symmetric, threshold)
+    resolved = resolve_scheme(scheme, group_size, double_quant, symmetric, threshold)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     refuse_quantized(model)
@@ -80,17 +80,11 @@ def quantize(
             quantize_experts(model, name, resolved)
         else:
             layer = layers.pop(name)
-            replace_module(model, layer, quantized_layer(layer, resolved))
+            replace_module(model, layer, QuantizedLinear.from_linear(layer, resolved))
     mark_quantized(model, resolved)
     if progress:
         print(f"{scheme}: {what}{_left(selection)}")
     return model
-
-
-def quantized_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLinear:
-    """The quantized twin of a linear layer (or of GPT-2's `Conv1D`)."""
-    bias: Any = layer.bias
-    return QuantizedLinear.from_quantized(scheme.quantize(matrix_of(layer)), bias, scheme.threshold)
 
 
 def check_present(name: str, layer: nn.Module, weight: Tensor | None = None) -> None:
@@ -122,14 +116,6 @@ def _left(selection: Selection) -> str:
         reasons.setdefault(why, []).append(name)
     parts = [f"{len(names)}: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in reasons.items()]
     return "; left alone " + "; ".join(parts) if parts else ""
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in `model` (a module may be used under several names)."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from optinfer.quantization.checks import check_choice
 from optinfer.quantization.formats.codebook import CodebookTensor
 from optinfer.quantization.formats.grid import BITS, GridTensor
 from optinfer.quantization.formats.llm_int8 import Int8Rows
+from optinfer.quantization.formats.q4_1 import GROUP as Q4_1_GROUP
+from optinfer.quantization.formats.q4_1 import Q41Tensor
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
 from optinfer.quantization.number_formats import CODEBOOKS
@@ -25,8 +27,8 @@ class Scheme:
     """A scheme with its options settled.
 
     Attributes:
-        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4``.
-        block_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
+        name: ``int8 llm_int8 int4 int3 int2 nf4 fp4 fp8 mxfp8 mxfp4 nvfp4 q4_1``.
+        group_size: weights per scale; 0: one scale per row; -1: one for the tensor (fp8 only).
         double_quant: nf4 and fp4 only: store the scales in 8 bits too.
         symmetric: int2 … int8 only: no zero points.
         threshold: llm_int8 only: features this large stay in 16 bits.
@@ -34,7 +36,7 @@ class Scheme:
     """
 
     name: str
-    block_size: int = 0
+    group_size: int = 0
     double_quant: bool = False
     symmetric: bool = True
     threshold: float = 6.0
@@ -71,7 +73,7 @@ class Scheme:
     @classmethod
     def of(cls, q: QuantizedTensor) -> Scheme:
         """The scheme that a quantized tensor was made by."""
-        return cls(q.scheme, q.settled_block(), q.double_quant, q.symmetric, act_order=q.group_index is not None)
+        return cls(q.scheme, q.settled_group(), q.double_quant, q.symmetric, act_order=q.group_index is not None)
 
 
 _FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
@@ -79,6 +81,7 @@ _FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
     **dict.fromkeys(CODEBOOKS, (CodebookTensor, 4)),
     **{name: (BlockFloats, form.bits) for name, form in BLOCK_FORMATS.items()},
     "llm_int8": (Int8Rows, 8),
+    "q4_1": (Q41Tensor, 4),
 }
 
 # Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does
@@ -95,12 +98,13 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp8": Scheme("mxfp8", 32),
     "mxfp4": Scheme("mxfp4", 32),
     "nvfp4": Scheme("nvfp4", 16),
+    "q4_1": Scheme("q4_1", Q4_1_GROUP),
 }
 
 
 def resolve_scheme(
     name: str,
-    block_size: int | str | None = None,
+    group_size: int | str | None = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
@@ -108,14 +112,13 @@ def resolve_scheme(
     """A scheme by name, with options checked.
 
     Args:
-        block_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
+        group_size: None: the scheme's default. nf4, fp4: 32 … 4096; int2 … int8: any positive int, or
             ``"channel"`` for one scale per row; llm_int8 has one per row always; fp8: ``"channel"``, ``"tensor"`` or 128;
             the MX formats and nvfp4 have blocks of their own.
 
     Raises:
-        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not
-            have.
+        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not have.
     """
     check_choice(name, tuple(SCHEMES), "scheme")
     options = {"double_quant": double_quant, "symmetric": symmetric, "threshold": threshold}
-    return SCHEMES[name].format.settle(SCHEMES[name], block_size, options)
+    return SCHEMES[name].format.settle(SCHEMES[name], group_size, options)

@@ -248,11 +248,11 @@ def test_refusals(model, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="mxfp4 has no place in format 'gptq'"):
         save_checkpoint(q, tmp_path / "x", format="gptq")
     for options, message in [
-        ({"block_size": 64}, "block_size of mxfp4 must be one of 32; got 64"),
+        ({"group_size": 64}, "group_size of mxfp4 must be one of 32; got 64"),
         ({"double_quant": True}, "double_quant goes with nf4 and fp4"),
         ({"symmetric": False}, "symmetric=False goes with"),
     ]:
         with pytest.raises(ValueError, match=message):
             quantize(copy.deepcopy(model), "mxfp4", progress=False, **options)
-    with pytest.raises(ValueError, match="block_size of fp8 must be one of 'channel', 'tensor', 128; got 64"):
-        quantize(copy.deepcopy(model), "fp8", block_size=64, progress=False)
+    with pytest.raises(ValueError, match="group_size of fp8 must be one of 'channel', 'tensor', 128; got 64"):
+        quantize(copy.deepcopy(model), "fp8", group_size=64, progress=False)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from optinfer.quantization import quantize
 from optinfer.quantization.checkpoints import save
 from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.ladder import dequantize
-from optinfer.quantization.model import replace_module
 
 
 def small_model(dtype=torch.float32, tied=True, **options):
@@ -79,17 +80,17 @@ def test_packing_equals_compressed_tensors(bits, dim):
 
 
 SCHEMES = [
-    ("int4", {"block_size": 32}),
-    ("int4", {"block_size": "channel"}),
-    ("int8", {"block_size": "channel"}),
-    ("int3", {"block_size": 32}),
+    ("int4", {"group_size": 32}),
+    ("int4", {"group_size": "channel"}),
+    ("int8", {"group_size": "channel"}),
+    ("int3", {"group_size": 32}),
     ("act_order", {}),
 ]
 AFFINE = [
-    ("int4", {"block_size": 32, "symmetric": False}),
-    ("int8", {"block_size": 64, "symmetric": False}),
-    ("int3", {"block_size": 32, "symmetric": False}),
-    ("int2", {"block_size": 16, "symmetric": False}),
+    ("int4", {"group_size": 32, "symmetric": False}),
+    ("int8", {"group_size": 64, "symmetric": False}),
+    ("int3", {"group_size": 32, "symmetric": False}),
+    ("int2", {"group_size": 16, "symmetric": False}),
 ]
 
 
@@ -131,13 +132,13 @@ def test_same_file_as_compressed_tensors_own_compressor(tmp_path, symmetric):
     base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
     from compressed_tensors.quantization import QuantizationScheme
 
-    model = saved(tmp_path, torch.float32, "int4", {"block_size": 32, "symmetric": symmetric})
+    model = saved(tmp_path, torch.float32, "int4", {"group_size": 32, "symmetric": symmetric})
     stored = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     scheme = QuantizationScheme(**config["config_groups"]["group_0"])
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            q = module.quantized
+            q: Any = module.quantized
             state = {"weight": q.dequantize(), "weight_scale": q.scale}
             if not symmetric:
                 state["weight_zero_point"] = (q.zero_points().to(torch.int16) - 8).to(torch.int8)
@@ -175,7 +176,7 @@ def nibbles(words: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_files_decode_to_the_same_weights(tmp_path, symmetric):
-    model = quantize(small_model(torch.float16), "int4", block_size=32, symmetric=symmetric, progress=False)
+    model = quantize(small_model(torch.float16), "int4", group_size=32, symmetric=symmetric, progress=False)
     save_checkpoint(model, tmp_path / "out", format="gptq")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -194,7 +195,7 @@ def test_gptq_files_decode_to_the_same_weights(tmp_path, symmetric):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_awq_files_decode_to_the_same_weights(tmp_path, symmetric):
-    model = quantize(small_model(torch.float16), "int4", block_size=32, symmetric=symmetric, progress=False)
+    model = quantize(small_model(torch.float16), "int4", group_size=32, symmetric=symmetric, progress=False)
     save_checkpoint(model, tmp_path / "out", format="awq")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     inverse = [0, 4, 1, 5, 2, 6, 3, 7]  # where column 0, 1 … is found among the nibbles
@@ -212,7 +213,7 @@ def test_a_zero_point_of_zero_does_not_borrow(tmp_path):
     """Version 1 of the format stores zero - 1; with a zero point of 0 the file says version 2 instead."""
     model = small_model(torch.float16)
     model.model.layers[0].mlp.up_proj.weight.data.abs_()
-    quantize(model, "int4", block_size=32, symmetric=False, progress=False)
+    quantize(model, "int4", group_size=32, symmetric=False, progress=False)
     save_checkpoint(model, tmp_path / "out", format="gptq")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == "gptq_v2"
@@ -225,7 +226,7 @@ def test_gptqmodel_loads_them(tmp_path, format):
     pytest.importorskip("gptqmodel")  # compiles its kernel for this processor, once
     if format == "gptq":
         pytest.importorskip("optimum")  # transformers asks for it
-    model = quantize(small_model(torch.float16), "int4", block_size=32, symmetric=False, progress=False)
+    model = quantize(small_model(torch.float16), "int4", group_size=32, symmetric=False, progress=False)
     save_checkpoint(model, tmp_path / "out", format=format)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype=torch.bfloat16)
     assert (loaded(IDS).logits.float() - restored(model).float()(IDS).logits).abs().max() < 0.1
@@ -233,7 +234,7 @@ def test_gptqmodel_loads_them(tmp_path, format):
 
 # ------------------------------------------------------------------------------------------------------- bad input
 def test_existing_folder(tmp_path):
-    model = quantize(small_model(), "int4", block_size=32, progress=False)
+    model = quantize(small_model(), "int4", group_size=32, progress=False)
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="exists: choose another folder"):
         save_checkpoint(model, tmp_path / "out")
@@ -242,7 +243,7 @@ def test_existing_folder(tmp_path):
 
 @pytest.mark.parametrize("step", ["save_file", "rename"])
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch, step):
-    model = quantize(small_model(), "int4", block_size=32, progress=False)
+    model = quantize(small_model(), "int4", group_size=32, progress=False)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -259,7 +260,7 @@ def test_too_small_a_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="GB free"):
-        save_checkpoint(quantize(small_model(), "int4", block_size=32, progress=False), tmp_path / "out")
+        save_checkpoint(quantize(small_model(), "int4", group_size=32, progress=False), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from optinfer.quantization import QuantizedLinear, quantize, save_checkpoint
-from optinfer.quantization.model import replace_module
+from optinfer.quantization.layers import replace_module
 from tests.quantization.families import families
 from tests.serving.families import tiny_model
 
@@ -50,7 +50,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("scheme", "options"), [("int8", {"block_size": "channel"}), ("int4", {"block_size": 16})])
+@pytest.mark.parametrize(("scheme", "options"), [("int8", {"group_size": "channel"}), ("int4", {"group_size": 16})])
 def test_compressed_tensors(name, scheme, options, tmp_path):
     pytest.importorskip("compressed_tensors")
     auto, model, skip = made(name)

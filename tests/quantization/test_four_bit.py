@@ -133,7 +133,7 @@ def test_size():
     ((torch.full((2, 64), float("nan")),), ValueError, "NaN or Inf"),
     ((torch.tensor([[1.0, float("inf")]]),), ValueError, "NaN or Inf"),
     ((torch.empty(0, 64),), ValueError, "empty"),
-    ((torch.randn(2, 64), "nf4", 48), ValueError, "block_size must be one of 32, 64"),
+    ((torch.randn(2, 64), "nf4", 48), ValueError, "group_size must be one of 32, 64"),
     ((torch.randn(2, 64), "nf4", 8192), ValueError, "8192"),
     ((torch.randn(2, 64), "nf5"), ValueError, "quant_type must be one of nf4, fp4; got 'nf5'"),
     ((torch.randn(2, 64).double(),), TypeError, "float64"),

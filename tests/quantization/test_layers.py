@@ -190,7 +190,7 @@ def test_adapters_stay_and_their_layers_are_quantized():
     (["model.layers.0.mlp.up_proj", "v_proj"], None),
 ])  # fmt: skip
 def test_skip_by_name_component_container_and_pattern(skip, left, tmp_path):
-    model = quantize(build("LlamaConfig"), "int4", block_size=32, skip=skip, progress=False)
+    model = quantize(build("LlamaConfig"), "int4", group_size=32, skip=skip, progress=False)
     for name, kind in kinds(model).items():
         if left is None:
             kept = name == "model.layers.0.mlp.up_proj" or name.endswith(".v_proj")
@@ -276,7 +276,7 @@ def test_offloaded_layers_are_named(tmp_path):
 def test_values_beyond_float16_are_refused_before_anything_is_written(format, tmp_path):
     model = build("Qwen2Config", intermediate_size=128)
     model.model.layers[0].self_attn.q_proj.bias.data[3] = 1e5
-    quantize(model, "int4", block_size=32, symmetric=False, progress=False)
+    quantize(model, "int4", group_size=32, symmetric=False, progress=False)
     with pytest.raises(ValueError, match=r"q_proj.bias reaches 1e\+05, beyond float16"):
         save_checkpoint(model, tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
@@ -285,7 +285,7 @@ def test_values_beyond_float16_are_refused_before_anything_is_written(format, tm
 def test_skipped_layers_are_in_the_files_of_gptq(tmp_path):
     import json
 
-    model = quantize(build("LlamaConfig"), "int4", block_size=32, skip=["k_proj"], progress=False)
+    model = quantize(build("LlamaConfig"), "int4", group_size=32, skip=["k_proj"], progress=False)
     config = json.loads((save_checkpoint(model, tmp_path / "out", "gptq") / "config.json").read_text())
     assert set(config["quantization_config"]["dynamic"]) == {
         rf"-:^model\.layers\.{i}\.self_attn\.k_proj$" for i in (0, 1)
@@ -293,7 +293,7 @@ def test_skipped_layers_are_in_the_files_of_gptq(tmp_path):
 
 
 def test_layers_that_a_reader_does_not_find_are_not_exported(tmp_path):
-    model = quantize(build("GPT2Config", n_embd=64, n_layer=2, n_head=4), "int4", block_size=32, progress=False)
+    model = quantize(build("GPT2Config", n_embd=64, n_layer=2, n_head=4), "int4", group_size=32, progress=False)
     with pytest.raises(ValueError, match="is a Conv1D in GPT2LMHeadModel"):
         save_checkpoint(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -35,10 +35,10 @@ CONFIG = {
 }
 VARIANTS = [(name, {}) for name in SCHEMES] + [
     ("nf4", {"double_quant": True}),
-    ("fp4", {"block_size": 128}),
+    ("fp4", {"group_size": 128}),
     ("int4", {"symmetric": False}),
-    ("int4", {"block_size": 48}),
-    ("int8", {"block_size": 32}),
+    ("int4", {"group_size": 48}),
+    ("int8", {"group_size": 32}),
 ]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 
@@ -227,7 +227,7 @@ def test_bad_input_changes_nothing(folder):
             ValueError,
             "scheme must be one of int8, llm_int8, int4, int3, int2, nf4, fp4",
         ),
-        (lambda: quantize(model, "nf4", block_size=100), ValueError, "block_size must be one of"),
+        (lambda: quantize(model, "nf4", group_size=100), ValueError, "group_size must be one of"),
         (lambda: quantize(model, "int4", double_quant=True), ValueError, "double_quant goes with nf4 and fp4"),
         (lambda: quantize(model, "nf4", symmetric=False), ValueError, "symmetric=False goes with"),
         (lambda: quantize(model, "nf4", skip=["no_such"]), ValueError, "no_such"),

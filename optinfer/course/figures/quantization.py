@@ -171,8 +171,8 @@ def ladder(lines: dict[str, dict[int, tuple[float, float]]], full: float) -> Fig
     return fig
 
 
-def normalized(weight: Tensor, block_size: int = 64) -> Tensor:
+def normalized(weight: Tensor, group_size: int = 64) -> Tensor:
     """Weights divided by the largest magnitude of their block, ``[n]`` float32."""
     flat = weight.detach().float().reshape(-1)
-    blocks = flat[: len(flat) // block_size * block_size].view(-1, block_size)
+    blocks = flat[: len(flat) // group_size * group_size].view(-1, group_size)
     return (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).reshape(-1)

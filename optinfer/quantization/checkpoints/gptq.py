@@ -45,7 +45,7 @@ def _layer(q: GridTensor, version: int) -> dict[str, Tensor]:
         "qweight": pack_int32(q.codes(), q.bits, dim=1).T.contiguous(),
         "qzeros": pack_int32(zeros, q.bits),
         "scales": q.scale.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(q.shape[1], dtype=torch.int32, device=q.scale.device) // q.block_size,
+        "g_idx": torch.arange(q.shape[1], dtype=torch.int32, device=q.scale.device) // q.group_size,
     }
 
 

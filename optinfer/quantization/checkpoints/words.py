@@ -43,6 +43,6 @@ def unpack_int32(packed: Tensor, bits: int, length: int, dim: int = -1) -> Tenso
 
 def group_size(layers: dict[str, GridTensor]) -> int:
     """Columns that share a scale in all of them; -1: a row."""
-    if all(q.block_size == q.shape[1] for q in layers.values()):
+    if all(q.group_size == q.shape[1] for q in layers.values()):
         return -1
-    return next(iter(layers.values())).block_size
+    return next(iter(layers.values())).group_size

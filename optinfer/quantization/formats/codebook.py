@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight
-from optinfer.quantization.checks import check_block_size, check_choice, check_weight, refuse_options
+from optinfer.quantization.checks import check_choice, check_group_size, check_weight, refuse_options
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, Stored, unpack_bits
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
 from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
@@ -36,21 +36,21 @@ class CodebookTensor(QuantizedTensor):
     SCALE = "absmax"
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options, "double_quant")
-        if block_size is None:
-            block_size = scheme.block_size
-        check_block_size(block_size)  # type: ignore[arg-type]
-        return replace(scheme, block_size=int(block_size), double_quant=options["double_quant"])
+        if group_size is None:
+            group_size = scheme.group_size
+        check_group_size(group_size)  # type: ignore[arg-type]
+        return replace(scheme, group_size=int(group_size), double_quant=options["double_quant"])
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        return quantize_4bit(weight, scheme.name, scheme.block_size, scheme.double_quant)
+        return quantize_4bit(weight, scheme.name, scheme.group_size, scheme.double_quant)
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
         n = math.prod(shape)
-        blocks = -(-n // scheme.block_size)
+        blocks = -(-n // scheme.group_size)
         stored: dict[str, Stored] = {"packed": (((n + 1) // 2, 1), torch.uint8)}
         if not scheme.double_quant:
             return stored | {"absmax": ((blocks,), torch.float32)}
@@ -69,8 +69,8 @@ class CodebookTensor(QuantizedTensor):
             q.scale = NestedScale(tensors["absmax"], tensors["nested_absmax"], tensors["nested_offset"])
         return q
 
-    def settled_block(self) -> int:
-        return self.block_size
+    def settled_group(self) -> int:
+        return self.group_size
 
     def codes(self) -> Tensor:
         n = math.prod(self.shape)
@@ -91,7 +91,7 @@ class CodebookTensor(QuantizedTensor):
         octets = self.packed.reshape(-1)[first:last]
         values = _pairs(self.scheme, self.device).index_select(0, octets.int()).view(-1)
         values = values[start - 2 * first :][: stop - start]
-        block = self.block_size
+        block = self.group_size
         first_block, last_block = start // block, -(-stop // block)
         if isinstance(self.scale, NestedScale):
             absmax = self.absmax[first_block:last_block]
@@ -104,7 +104,7 @@ class CodebookTensor(QuantizedTensor):
 
     def kernel_weight(self) -> QuantizedWeight | None:
         rows, columns = self.shape
-        if columns % self.block_size:  # a block goes on in the next row
+        if columns % self.group_size:  # a block goes on in the next row
             return None
         nested, scale = None, self.scale
         if isinstance(scale, NestedScale):
@@ -112,21 +112,23 @@ class CodebookTensor(QuantizedTensor):
             nested = KernelNestedScale(scale.absmax, scale.offset, table)
             scale = scale.codes
         return QuantizedWeight(
-            self.packed.view(rows, columns // 2), scale.view(rows, columns // self.block_size), self.block_size,
+            self.packed.view(rows, columns // 2), scale.view(rows, columns // self.group_size), self.group_size,
             tuple(CODEBOOKS[self.scheme]), None, nested,
         )  # fmt: skip
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        if len(self.shape) != 2:
+            return None
         nested, scale = None, self.scale
         if isinstance(scale, NestedScale):
             nested, scale = (dynamic_table(), scale.absmax, scale.offset), scale.codes
         rows, columns = self.shape
         values = codebook(self.scheme)
-        return CpuWeight.codebook_codes(self.packed, (rows, columns), self.block_size, values, scale, nested, bias)
+        return CpuWeight.codebook_codes(self.packed, (rows, columns), self.group_size, values, scale, nested, bias)
 
 
 def quantize_4bit(
-    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = False
+    weight: Tensor, quant_type: str = "nf4", group_size: int = 64, double_quant: bool = False
 ) -> QuantizedTensor:
     """Quantize a tensor to NF4 or FP4.
 
@@ -136,29 +138,28 @@ def quantize_4bit(
     Args:
         weight: any shape, float32, bfloat16 or float16, finite.
         quant_type: ``"nf4"`` or ``"fp4"``.
-        block_size: 32, 64 … 4096. The last block is shorter where the size is no multiple of it.
+        group_size: 32, 64 … 4096. The last block is shorter where the size is no multiple of it.
         double_quant: also quantize the absmax values, to 8 bits around their mean: 0.127 instead of 0.5
             bits per weight at block size 64.
 
     Returns:
-        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high
-            nibble.
+        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high nibble.
 
     Raises:
         TypeError: `weight` is no tensor of those dtypes.
-        ValueError: empty, NaN or Inf inside; unknown `quant_type` or `block_size`.
+        ValueError: empty, NaN or Inf inside; unknown `quant_type` or `group_size`.
     """
     check_choice(quant_type, tuple(CODEBOOKS), "quant_type")
-    check_block_size(block_size)
+    check_group_size(group_size)
     check_weight(weight, ndim=None)
 
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-flat.numel() // block_size), device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // group_size), device=flat.device)
     step = CHUNK if flat.device.type == "cpu" else flat.numel() + flat.numel() % 2
     for start in range(0, flat.numel(), step):
-        codes, scale = _nearest_codes(flat[start : start + step].float(), quant_type, block_size)
-        absmax[start // block_size :][: len(scale)] = scale
+        codes, scale = _nearest_codes(flat[start : start + step].float(), quant_type, group_size)
+        absmax[start // group_size :][: len(scale)] = scale
         if len(codes) % 2:
             codes = torch.cat([codes, codes.new_full((1,), _code_of_zero(quant_type))])
         pairs = codes.view(-1, 2)
@@ -171,7 +172,7 @@ def quantize_4bit(
         dtype=weight.dtype,
         scheme=quant_type,
         bits=4,
-        block_size=block_size,
+        group_size=group_size,
     )
 
 
@@ -196,15 +197,14 @@ def nest(absmax: Tensor) -> NestedScale:
     return NestedScale(codes.view(-1)[: len(values)].clone(), outer, offset)
 
 
-def _nearest_codes(values: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+def _nearest_codes(values: Tensor, quant_type: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8 ``[n]``) and absmax (float32 ``[blocks]``) of a flat float32 tensor.
 
-    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``,
-    a short
-    last block is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
+    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``, a short last block
+    is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
     """
-    full = len(values) // block_size * block_size
-    blocks = values[:full].view(-1, block_size)
+    full = len(values) // group_size * group_size
+    blocks = values[:full].view(-1, group_size)
     absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)) if full else values.new_empty(0)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).view(-1)
     if full < len(values):
@@ -260,14 +260,8 @@ def _code_of_zero(quant_type: str) -> int:
     return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))
 
 
-_PAIRS: dict[tuple[str, str], Tensor] = {}
-
-
+@cache
 def _pairs(scheme: str, device: torch.device) -> Tensor:
     """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
-    key = (scheme, str(device))
-    if key not in _PAIRS:
-        code = codebook(scheme, device)
-        byte = torch.arange(256, device=device)
-        _PAIRS[key] = torch.stack([code[byte >> 4], code[byte & 15]], 1)
-    return _PAIRS[key]
+    code, byte = codebook(scheme, device), torch.arange(256, device=device)
+    return torch.stack([code[byte >> 4], code[byte & 15]], 1)

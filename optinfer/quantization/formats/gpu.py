@@ -52,5 +52,5 @@ def as_kernel_weight(q: QuantizedTensor) -> QuantizedWeight | None:
     weight = q.kernel_weight()
     if weight is None:
         return None
-    power_of_2 = q.block_size & -q.block_size
+    power_of_2 = q.group_size & -q.group_size
     return weight if weight.groups == 1 or power_of_2 >= 32 else None

@@ -24,6 +24,8 @@ BITS = (2, 3, 4, 8)
 class GridTensor(QuantizedTensor):
     """int2 … int8: ``value = (code - zero_point) * scale``, a scale per group of a row, per row, or one in all."""
 
+    OTHERS = ("zero_point", "group_index")
+
     @classmethod
     def from_codes(
         cls,
@@ -35,8 +37,7 @@ class GridTensor(QuantizedTensor):
         dtype: torch.dtype,
         group_index: Tensor | None = None,
     ) -> GridTensor:
-        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ,
-        AWQ…).
+        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ, AWQ…).
 
         Args:
             codes: integers in ``0 … 2**bits - 1``.
@@ -59,30 +60,30 @@ class GridTensor(QuantizedTensor):
             dtype=dtype,
             scheme=f"int{bits}",
             bits=bits,
-            block_size=group_size,
+            group_size=group_size,
             zero_point=None if zero_point is None else pack_bits(zero_point, bits),
             group_index=None if group_index is None else group_index.to(torch.int32),
         )
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options, "symmetric")
-        if block_size is None:
-            block_size = scheme.block_size
-        elif block_size in ("channel", -1, 0):
-            block_size = 0
-        elif isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f'block_size must be a positive int or "channel", got {block_size!r}')
-        return replace(scheme, block_size=int(block_size), symmetric=options["symmetric"])
+        if group_size is None:
+            group_size = scheme.group_size
+        elif group_size in ("channel", -1, 0):
+            group_size = 0
+        elif isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f'group_size must be a positive int or "channel", got {group_size!r}')
+        return replace(scheme, group_size=int(group_size), symmetric=options["symmetric"])
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        return quantize_linear(weight, scheme.bits, scheme.block_size or "channel", scheme.symmetric)
+        return quantize_linear(weight, scheme.bits, scheme.group_size or "channel", scheme.symmetric)
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
         rows, columns = shape
-        groups = -(-columns // resolve_group_size(scheme.block_size or "channel", torch.Size(shape)))
+        groups = -(-columns // resolve_group_size(scheme.group_size or "channel", torch.Size(shape)))
         packed: Stored = (shape, torch.int8)
         if scheme.bits < 8 or not scheme.symmetric:
             packed = ((rows, packed_width(columns, scheme.bits)), torch.uint8)
@@ -125,7 +126,7 @@ class GridTensor(QuantizedTensor):
             return per_group
         if self.group_index is not None:
             return per_group[:, self.group_index.long()]
-        return per_group.repeat_interleave(self.block_size, 1)[:, : self.shape[1]]
+        return per_group.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
 
     def kernel_weight(self) -> QuantizedWeight | None:
         assert isinstance(self.scale, Tensor)
@@ -134,14 +135,14 @@ class GridTensor(QuantizedTensor):
         if self.bits != 4 and not (self.bits == 8 and self.symmetric):
             return None
         codebook = INT4 if self.bits == 4 else None
-        return QuantizedWeight(self.packed, self.scale, self.block_size, codebook, self.zero_point)
+        return QuantizedWeight(self.packed, self.scale, self.group_size, codebook, self.zero_point)
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         assert isinstance(self.scale, Tensor)
         if self.group_index is not None:
             return None
         return CpuWeight.linear_codes(
-            self.packed, self.shape[1], self.bits, self.block_size, self.scale, self.zero_point, bias
+            self.packed, self.shape[1], self.bits, self.group_size, self.scale, self.zero_point, bias
         )
 
 
@@ -166,14 +167,12 @@ def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype:
 
     Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid
         has as many
-    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) /
-    (2**bits - 1)`` over a range widened to hold 0, zero point an integer code, so that 0.0 is restored
-    exactly.
+    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) / (2**bits - 1)`` over a
+    range widened to hold 0, zero point an integer code, so that 0.0 is restored exactly.
 
     Args:
         low, high: float32, any one shape.
-        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is
-            stored.
+        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is stored.
 
     Returns:
         scale (`dtype`) and zero point (float32 integers), shape of `low`.
@@ -220,8 +219,8 @@ def quantize_linear(
     codes, scale, zero = nearest_codes(weight, bits, group_size, symmetric)
     rows, width = weight.shape
     codes = codes.to(torch.uint8).reshape(rows, -1)[:, :width]
-    block_size = resolve_group_size(group_size, weight.shape) or width
-    return GridTensor.from_codes(codes, scale, None if symmetric else zero, bits, block_size, dtype=weight.dtype)
+    group_size = resolve_group_size(group_size, weight.shape) or width
+    return GridTensor.from_codes(codes, scale, None if symmetric else zero, bits, group_size, dtype=weight.dtype)
 
 
 def round_linear(weight: Tensor, bits: int = 4, group_size: int | str | None = 64, symmetric: bool = True) -> Tensor:

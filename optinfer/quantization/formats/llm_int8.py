@@ -42,10 +42,10 @@ class Int8Rows(QuantizedTensor):
     SCALE = "absmax"
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
-        if block_size not in (None, 0):
-            raise ValueError(f"llm_int8 has one scale per row; block_size={block_size!r} cannot be set")
+        if group_size not in (None, 0):
+            raise ValueError(f"llm_int8 has one scale per row; group_size={group_size!r} cannot be set")
         return replace(scheme, threshold=float(options["threshold"]))
 
     @classmethod
@@ -83,9 +83,8 @@ def quantize_int8(weight: Tensor) -> QuantizedTensor:
 def quantize_activations(x: Tensor, threshold: float = 6.0) -> Int8Activations:
     """Quantize activations ``[tokens, features]`` to int8, one absmax per token, outliers aside.
 
-    An element with ``|x| >= threshold`` is left out of its token's absmax; with more than one token, its
-    whole feature is zeroed in all of them (`int8_matmul` adds it back in 16 bits). A threshold of 0 means
-    no outliers.
+    An element with ``|x| >= threshold`` is left out of its token's absmax; with more than one token, its whole feature is
+    zeroed in all of them (`int8_matmul` adds it back in 16 bits). A threshold of 0 means no outliers.
     """
     x = x.clamp(-FP16_MAX, FP16_MAX).half().float()  # int8 steps are 8 times coarser than fp16's
     none = torch.empty(0, dtype=torch.int64, device=x.device)

@@ -94,45 +94,43 @@ class BlockFloats(QuantizedTensor):
         tensor_scale: NVFP4 only, float32 ``[1]``: scales are stored times this number.
     """
 
+    OTHERS = ("tensor_scale",)
+
     tensor_scale: Tensor | None = None
 
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
-        check_block(BLOCK_FORMATS[scheme.name], None if block_size == -1 else block_size)
-        words = {None: scheme.block_size, "channel": 0, "tensor": -1}
-        return replace(scheme, block_size=words.get(block_size, block_size))  # type: ignore[arg-type]
+        check_block(BLOCK_FORMATS[scheme.name], None if group_size == -1 else group_size)
+        words = {None: scheme.group_size, "channel": 0, "tensor": -1}
+        return replace(scheme, group_size=words.get(group_size, group_size))  # type: ignore[arg-type]
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        block = {0: "channel", -1: "tensor"}.get(scheme.block_size, scheme.block_size)
+        block = {0: "channel", -1: "tensor"}.get(scheme.group_size, scheme.group_size)
         return quantize_blocks(weight, scheme.name, block)
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
-        return stored_blocks(BLOCK_FORMATS[scheme.name], scheme.block_size, shape)
+        form, (rows, columns) = BLOCK_FORMATS[scheme.name], shape
+        width = packed_width(columns, 4) if form.bits == 4 else columns
+        if form.block:
+            scale = (rows, -(-columns // form.block))
+        elif scheme.group_size == TILE:
+            scale = (-(-rows // TILE), -(-columns // TILE))
+        else:
+            scale = (1, 1) if scheme.group_size == -1 else (rows, 1)
+        stored: dict[str, Stored] = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
+        return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})
 
-    @classmethod
-    def assemble(
-        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> QuantizedTensor:
-        q = super().assemble(scheme, tensors, shape, dtype)
-        q.block_size = scheme.block_size if scheme.block_size > 0 else shape[1]
-        return replace(q, tensor_scale=tensors.get("tensor_scale"))  # type: ignore[call-arg]
-
-    def settled_block(self) -> int:
+    def settled_group(self) -> int:
         assert isinstance(self.scale, Tensor)
         wholes: dict[tuple[int, ...], int] = {(1, 1): -1, (self.shape[0], 1): 0}
-        return self.format.block or wholes.get(tuple(self.scale.shape), self.block_size)
+        return self.format.block or wholes.get(tuple(self.scale.shape), self.group_size)
 
     @property
     def format(self) -> BlockFormat:
         return BLOCK_FORMATS[self.scheme]
-
-    def tensors(self) -> dict[str, Tensor]:
-        assert isinstance(self.scale, Tensor)
-        stored = {"packed": self.packed, "scale": self.scale}
-        return stored if self.tensor_scale is None else stored | {"tensor_scale": self.tensor_scale}
 
     def codes(self) -> Tensor:
         """Bit patterns, uint8, in the tensor's shape."""
@@ -149,45 +147,45 @@ class BlockFloats(QuantizedTensor):
         return scale if self.tensor_scale is None else scale / self.tensor_scale
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        width, scales = self.shape[1], self.scales()
         if self.bits == 4:
             table = torch.tensor(E2M1, device=self.device)
-            values = table[unpack_bits(self.packed[start:stop], 4, width).int()]
+            values = table[unpack_bits(self.packed[start:stop], 4, self.shape[1]).int()]
         else:
             values = self.packed[start:stop].float()
+        return (values * self.scales_of_weights(start, stop)).to(dtype or self.dtype)
+
+    def scales_of_weights(self, start: int, stop: int) -> Tensor:
+        """The scale of each weight in some rows, broadcastable to them."""
+        scales = self.scales()
         if scales.shape[0] == self.shape[0]:
             scales = scales[start:stop]
-        elif scales.shape[0] > 1:  # tiles
+        elif scales.numel() > 1:  # tiles
             scales = scales.repeat_interleave(TILE, 0)[start:stop]
         if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(self.block_size, 1)[:, :width]
-        return (values * scales).to(dtype or self.dtype)
+            scales = scales.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
+        return scales
 
     def kernel_weight(self) -> QuantizedWeight | None:
-        if self.bits == 8 or self.shape[1] % self.block_size:
+        if self.bits == 8 or self.shape[1] % self.group_size:
             return None
-        return QuantizedWeight(self.packed, self.scales(), self.block_size, E2M1)  # a codebook, scales in float32
+        return QuantizedWeight(self.packed, self.scales(), self.group_size, E2M1)  # a codebook, scales in float32
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
-        if self.bits == 8 or self.shape[1] % self.block_size:
+        if self.bits == 8 or self.shape[1] % self.group_size:
             return None
         shape, scales = (self.shape[0], self.shape[1]), self.scales().view(-1)
-        return CpuWeight.codebook_codes(self.packed, shape, self.block_size, torch.tensor(E2M1), scales, bias=bias)
-
-    def to(self, device: torch.device | str) -> BlockFloats:
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        return CpuWeight.codebook_codes(self.packed, shape, self.group_size, torch.tensor(E2M1), scales, bias=bias)
 
 
 def quantize_blocks(
-    weight: Tensor, scheme: str, block_size: int | str | None = None, mx_scale: str = "round"
+    weight: Tensor, scheme: str, group_size: int | str | None = None, mx_scale: str = "round"
 ) -> BlockFloats:
     """Quantize a matrix to small floats.
 
     Args:
         weight: ``[out, in]``, float32, bfloat16 or float16, finite.
         scheme: ``fp8 fp8_e5m2 mxfp8 mxfp4 nvfp4``.
-        block_size: fp8 only: ``"channel"`` (a scale per row, the default), ``"tensor"``, or 128 (tiles of 128 x 128).
+        group_size: fp8 only: ``"channel"`` (a scale per row, the default), ``"tensor"``, or 128 (tiles of 128 x 128).
         mx_scale: which power of two. ``"floor"``: the specification's example, of the largest number's own exponent, so that
             numbers above 6 steps are cut; ``"round"``: one more where the largest would be rounded up to the next power
             (compressed-tensors, vLLM).
@@ -199,7 +197,7 @@ def quantize_blocks(
     check_choice(mx_scale, ("round", "floor"), "mx_scale")
     check_weight(weight)
     form = BLOCK_FORMATS[scheme]
-    check_block(form, block_size)
+    check_block(form, group_size)
     x = weight.detach().float()
     tensor_scale = None
     if form.block:
@@ -213,23 +211,22 @@ def quantize_blocks(
             scale = torch.where(scale.float() == 0, torch.full((), 0.125, device=x.device), scale.float()).to(E4M3)
         block = form.block
     else:
-        block, absmax = _fp8_absmax(x, block_size)
+        block, absmax = _fp8_absmax(x, group_size)
         scale = absmax / form.largest
         scale = torch.where(scale == 0, torch.ones((), device=x.device), scale)
     q = BlockFloats(
         x, scale.contiguous(), weight.shape, weight.dtype, scheme, form.bits, block, tensor_scale=tensor_scale
     )
-    spread = _spread(q)
-    q.packed = _round(x / spread, form)
+    q.packed = _round(x / q.scales_of_weights(0, len(x)), form)
     return q
 
 
-def check_block(form: BlockFormat, block_size: int | str | None) -> None:
+def check_block(form: BlockFormat, group_size: int | str | None) -> None:
     """Raise ValueError for a block size that the format does not have."""
     allowed = (None, form.block) if form.block else (None, "channel", "tensor", TILE, 0)
-    if block_size not in allowed:
+    if group_size not in allowed:
         shown = ", ".join(repr(a) for a in allowed if a)
-        raise ValueError(f"block_size of {form.name} must be one of {shown}; got {block_size!r}")
+        raise ValueError(f"group_size of {form.name} must be one of {shown}; got {group_size!r}")
 
 
 def mx_scales(absmax: Tensor, form: BlockFormat, rule: str = "round") -> Tensor:
@@ -246,23 +243,13 @@ def file_order(packed: Tensor) -> Tensor:
     return packed >> 4 | packed << 4
 
 
-def _fp8_absmax(x: Tensor, block_size: int | str | None) -> tuple[int, Tensor]:
-    if block_size == TILE:
+def _fp8_absmax(x: Tensor, group_size: int | str | None) -> tuple[int, Tensor]:
+    if group_size == TILE:
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE, 0, -x.shape[0] % TILE))
         return TILE, padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).abs().amax((1, 3))
-    if block_size == "tensor":
+    if group_size == "tensor":
         return x.shape[1], x.abs().amax().view(1, 1)
     return x.shape[1], x.abs().amax(1, keepdim=True)
-
-
-def _spread(q: BlockFloats) -> Tensor:
-    """The scale of every weight, broadcastable to the tensor."""
-    scales = q.scales()
-    if 1 < scales.shape[0] < q.shape[0] or (scales.shape[0] == 1 < scales.shape[1]):
-        scales = scales.repeat_interleave(TILE, 0)[: q.shape[0]]
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(q.block_size, 1)[:, : q.shape[1]]
-    return scales
 
 
 def _round(x: Tensor, form: BlockFormat) -> Tensor:
@@ -276,17 +263,3 @@ def _round(x: Tensor, form: BlockFormat) -> Tensor:
     codes |= (x < 0).to(torch.uint8) << 3
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] << 4 | codes[:, 1::2]
-
-
-def stored_blocks(form: BlockFormat, block_size: int, shape: tuple[int, int]) -> dict[str, Stored]:
-    """Shape and dtype of what `quantize_blocks` stores. `block_size` 0: a row; -1: the tensor; 128 of fp8: tiles."""
-    rows, columns = shape
-    width = packed_width(columns, 4) if form.bits == 4 else columns
-    if form.block:
-        scale = (rows, -(-columns // form.block))
-    elif block_size == TILE:
-        scale = (-(-rows // TILE), -(-columns // TILE))
-    else:
-        scale = (1, 1) if block_size == -1 else (rows, 1)
-    stored = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
-    return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})

@@ -101,6 +101,10 @@ class NestedScale:
 
     BLOCK = 256
 
+    def to(self, device: torch.device | str) -> NestedScale:
+        """A copy on `device`."""
+        return NestedScale(self.codes.to(device), self.absmax.to(device), self.offset.to(device))
+
     def restore(self) -> Tensor:
         """The absmax values, float32 ``[blocks]``."""
         values = dynamic_table(self.codes.device)[self.codes.int()]
@@ -121,8 +125,7 @@ class QuantizedTensor:
         dtype: of the restored tensor.
         scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
         bits: of one code.
-        block_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
-            row).
+        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a row).
         zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
             codes have the fixed zero ``2 ** (bits - 1)``.
         group_index: int32 ``[in]``, the group of each input column, where groups are not consecutive columns
@@ -130,6 +133,7 @@ class QuantizedTensor:
     """
 
     SCALE: ClassVar[str] = "scale"  # what the stored scales are called
+    OTHERS: ClassVar[tuple[str, ...]] = ()  # attributes that are stored, too, where they are not None
 
     packed: Tensor
     scale: Tensor | NestedScale
@@ -137,13 +141,13 @@ class QuantizedTensor:
     dtype: torch.dtype
     scheme: str
     bits: int
-    block_size: int
+    group_size: int
     zero_point: Tensor | None = None
     group_index: Tensor | None = None
 
     # ---- of what it consists
     @classmethod
-    def settle(cls, scheme: Scheme, block_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
         """`scheme` with the user's options in place of the defaults; ValueError for one that the format does not have."""
         raise NotImplementedError
 
@@ -169,14 +173,13 @@ class QuantizedTensor:
             dtype=dtype,
             scheme=scheme.name,
             bits=scheme.bits,
-            block_size=scheme.block_size or shape[1],
-            zero_point=tensors.get("zero_point"),
-            group_index=tensors.get("group_index"),
+            group_size=scheme.group_size if scheme.group_size > 0 else shape[1],
+            **{name: tensors.get(name) for name in cls.OTHERS},
         )
 
-    def settled_block(self) -> int:
-        """`Scheme.block_size` of the scheme that made this."""
-        return 0 if self.block_size == self.shape[1] else self.block_size
+    def settled_group(self) -> int:
+        """`Scheme.group_size` of the scheme that made this."""
+        return 0 if self.group_size == self.shape[1] else self.group_size
 
     # ---- what it weighs
     def tensors(self) -> dict[str, Tensor]:
@@ -190,11 +193,8 @@ class QuantizedTensor:
             }
         else:
             stored[self.SCALE] = self.scale
-        if self.zero_point is not None:
-            stored["zero_point"] = self.zero_point
-        if self.group_index is not None:
-            stored["group_index"] = self.group_index
-        return stored
+        others = {name: getattr(self, name) for name in self.OTHERS}
+        return stored | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -220,9 +220,7 @@ class QuantizedTensor:
 
     @property
     def absmax(self) -> Tensor:
-        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is
-        nested.
-        """
+        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is nested."""
         if self.SCALE != "absmax":
             raise AttributeError(f"scheme {self.scheme!r} has .scale, not .absmax")
         return self.scale.restore() if isinstance(self.scale, NestedScale) else self.scale
@@ -233,9 +231,7 @@ class QuantizedTensor:
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default:
-        `self.dtype`).
-        """
+        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default: `self.dtype`)."""
         dtype = dtype or self.dtype
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows, slab in self.slabs(dtype):
@@ -265,21 +261,11 @@ class QuantizedTensor:
     # ---- moving it
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """A copy on `device`."""
-        scale = self.scale
-        if isinstance(scale, NestedScale):
-            scale = NestedScale(scale.codes.to(device), scale.absmax.to(device), scale.offset.to(device))
-        else:
-            scale = scale.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            scale=scale,
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
-            group_index=None if self.group_index is None else self.group_index.to(device),
-        )
+        stored = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, NestedScale))}
+        return replace(self, **{name: value.to(device) for name, value in stored.items()})  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return (
-            f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, block_size={self.block_size}, "
+            f"QuantizedTensor({self.scheme}, shape={tuple(self.shape)}, group_size={self.group_size}, "
             f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
         )

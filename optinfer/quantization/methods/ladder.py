@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from optinfer.quantization.experts import restore_experts
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.layers import restore
 from optinfer.quantization.methods.awq import awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
-from optinfer.quantization.model import quantize, replace_module
+from optinfer.quantization.model import quantize
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 
@@ -24,7 +23,7 @@ def rung(
     """Quantize a model in place by the name of the method; the ladder's grids are affine."""
     common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if method == "rtn":
-        return quantize(model, f"int{bits}", block_size=group_size, symmetric=symmetric, progress=False)
+        return quantize(model, f"int{bits}", group_size=group_size, symmetric=symmetric, progress=False)
     if method == "gptq":
         return gptq(model, tokenizer, **common, **CALIBRATION, **options)
     if method in ("awq", "awq+gptq"):
@@ -45,10 +44,7 @@ def rung(
 
 def dequantize(model: Any) -> Any:
     """Put ordinary linear layers with the restored weights back, in place: the same values, faster over long inputs."""
-    for module in list(model.modules()):
-        if isinstance(module, QuantizedLinear):
-            replace_module(model, module, module.dequantize())
-    restore_experts(model)
+    restore(model)
     if getattr(model, "is_quantized", False):  # transformers' marks, which forbid `model.float()`
         model.is_quantized = False
         del model.hf_quantizer, model.quantization_method, model.config.quantization_config
