@@ -33,8 +33,11 @@ class KernelProfile(StaticWidget):
 .oi-profile pre { margin: 0; white-space: pre; } .oi-profile table { width: 100%; font-size: 12px; }
 .oi-profile td { padding: 0 6px; vertical-align: middle; } .oi-profile td.oi-count { text-align: right; white-space: nowrap; }
 .oi-profile tr.oi-chosen { background: var(--oi-panel); }
-.oi-profile .oi-bar { display: flex; width: 110px; height: 11px; } .oi-profile .oi-bar i { height: 100%; background: var(--oi-blue); }
-.oi-profile .oi-bar i.oi-excess, .oi-profile .oi-swatch.oi-excess { background: repeating-linear-gradient(45deg, var(--oi-orange) 0 3px, var(--oi-bg) 3px 5px); outline: 1px solid var(--oi-orange); outline-offset: -1px; }
+.oi-profile .oi-bar { display: flex; width: 110px; height: 11px; }
+.oi-profile .oi-bar i { height: 100%; background: var(--oi-blue); }
+.oi-profile .oi-bar i.oi-excess, .oi-profile .oi-swatch.oi-excess {
+  background: repeating-linear-gradient(45deg, var(--oi-orange) 0 3px, var(--oi-bg) 3px 5px);
+  outline: 1px solid var(--oi-orange); outline-offset: -1px; }
 .oi-profile .oi-swatch { display: inline-block; width: 12px; height: 12px; margin-right: 4px; background: var(--oi-blue); }
 .oi-profile button.oi-line { all: unset; cursor: pointer; color: var(--oi-muted); min-width: 2.2em; text-align: right; }
 .oi-profile button.oi-line:focus-visible { outline: 3px solid var(--oi-accent); }
@@ -56,7 +59,9 @@ class KernelProfile(StaticWidget):
         Raises ValueError: no instruction of the run comes from this file.
         """
         path = Path(source)
-        counted = {int(row.place.rpartition(":")[2]): row for row in run.lines(path.name) if _stands_in(row.place, path.name)}
+        counted = {
+            int(row.place.rpartition(":")[2]): row for row in run.lines(path.name) if _stands_in(row.place, path.name)
+        }
         if not counted:
             raise ValueError(f"source must be the file of the kernel {run.name}; no instruction comes from {path}")
         lines = []
