@@ -38,6 +38,8 @@ class Recorded:
         """One line for the reader: what they look at was recorded, where and when, and whether that is a chip like theirs."""
         p = self.provenance
         line = f"recorded on {self.chip}, {p['date'][:10]}, torch {p['versions'].get('torch', '?')}"
+        if self.likeness() == 1:
+            return f"{line}; a chip of the same name as the one here, perhaps not the same"
         return line if self.likeness() >= LIKE else f"{line}; not a chip like the one here"
 
     @property

@@ -98,6 +98,10 @@ def test_the_recording_of_the_most_alike_chip_is_loaded(tmp_path: Path, monkeypa
         recorded = results.load("speed")
         assert recorded is not None and recorded.rows == [{"seconds": seconds}]
         assert ("not a chip like" not in recorded.caption()) == alike
+    namesake = processor.Processor("AMD EPYC", "AuthenticAMD", "1", "1", ())
+    monkeypatch.setattr(results, "this_processor", lambda: namesake)
+    recorded = results.load("speed")
+    assert recorded is not None and "a chip of the same name as the one here, perhaps" in recorded.caption()
     stranger = processor.Processor("Another", "GenuineIntel", "6", "1", ())
     monkeypatch.setattr(results, "this_processor", lambda: stranger)
     recorded = results.load("speed")
