@@ -17,6 +17,8 @@ from optinfer.quantization.schemes import SCHEMES
 
 __all__ = ["convert"]
 
+SCHEME = SCHEMES["mxfp4"]  # the one that these files hold
+
 
 def convert(
     model: Any, linears: list[str], experts: dict[str, QuantizedExperts], plain: list[str]
@@ -33,7 +35,7 @@ def convert(
     tensors = {}
     for name, one in experts.items():
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        if owner != "GptOssExperts" or one.scheme != SCHEMES["mxfp4"] or one.in_features % 32:
+        if owner != "GptOssExperts" or one.scheme != SCHEME or one.in_features % 32:
             raise CheckpointError(
                 f"{name} ({one.scheme.name}, {one.in_features} inputs, of {owner}): mxfp4 files hold GPT-OSS's experts, "
                 "quantized to mxfp4, in whole blocks of 32 inputs"
