@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from optinfer.course.card import Table
+from optinfer.card import Table
 
 # (package, what it is for, oldest version that works or None, whether the course cannot run without it)
 _NEEDS = (

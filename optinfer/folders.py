@@ -1,4 +1,4 @@
-"""Where things are kept, and folders that appear whole or not at all."""
+"""Where things are kept, and files and folders that appear whole or not at all: a reader sees the old or the new, never half."""
 
 import contextlib
 import os
@@ -14,6 +14,25 @@ def cache_directory() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "optinfer"
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path to write to, whose file becomes `target` when the block ends and vanishes when it raises."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield work
+        work.chmod(0o644)  # safetensors writes files that only their owner may read
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    with new_file(target) as work:
+        work.write_text(content, encoding="utf-8")
 
 
 @contextlib.contextmanager

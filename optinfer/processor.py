@@ -6,6 +6,7 @@ run in is measured, not looked up: once per machine, in less than two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optinfer.folders import cache_directory
+from optinfer.folders import cache_directory, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -145,12 +146,8 @@ def linear_speeds() -> LinearSpeeds:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     speeds = measure_linear()
-    try:
-        from optinfer.results import write_whole
-
+    with contextlib.suppress(OSError):  # a cache that cannot be written: measured again next time
         write_whole(path, json.dumps({"of": facts, "seconds": list(asdict(speeds).values())}))
-    except OSError:
-        pass  # a cache that cannot be written: measured again next time
     return speeds
 
 

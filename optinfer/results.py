@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from optinfer import data, hardware
+from optinfer.folders import write_whole
 from optinfer.processor import Processor, this_processor
 
 _PACKAGES = ("optinfer", "torch", "triton", "transformers", "bitsandbytes", "numpy")
@@ -65,8 +66,6 @@ def _processor(facts: dict[str, Any]) -> Processor:
 def provenance() -> dict[str, Any]:
     """Device, driver, versions, date and source revision of a measurement made now."""
     import torch
-
-    from optinfer import hardware
 
     on_gpu = torch.cuda.is_available()
     versions = {}
@@ -139,24 +138,8 @@ def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str],
 
 def default_folder() -> Path:
     """Where new results go: the repository's ``data/results``, or ``./results`` outside of it."""
-    from optinfer import data
-
     in_repository = (data.root() / "pyproject.toml").is_file()
     return data.root() / "data" / "results" if in_repository else Path("results")
-
-
-def write_whole(target: Path, content: str) -> None:
-    """Write a text file under a temporary name, then rename: a reader sees the old file or the new one, never half."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> Recorded:
@@ -172,6 +155,14 @@ def read(path: str | os.PathLike[str]) -> Recorded:
         raise ValueError(f"{path} is not a file of recorded results: {error}") from error
 
 
+def recordings() -> list[Recorded]:
+    """All of the course's recorded results, by chip and suite."""
+    from optinfer import data
+
+    found = map(read, (data.root() / "data" / "results").glob("*.json"))
+    return sorted(found, key=lambda r: (r.chip, r.suite))
+
+
 def load(suite: str, device: str | None = None) -> Recorded | None:
     """The course's recorded results of a suite; None when nobody has measured it.
 
@@ -181,9 +172,5 @@ def load(suite: str, device: str | None = None) -> Recorded | None:
         suite: the benchmark's name.
         device: part of a device's name such as ``"h200"``; any device when None.
     """
-    from optinfer import data
-
-    folder = data.root() / "data" / "results"
-    found = [read(path) for path in sorted(folder.glob(f"{suite}-*.json"))]
-    wanted = [r for r in found if r.suite == suite and (device is None or slug(device) in slug(r.device))]
+    wanted = [r for r in recordings() if r.suite == suite and (device is None or slug(device) in slug(r.device))]
     return max(wanted, key=lambda r: (r.likeness(), r.provenance["date"]), default=None)

@@ -6,12 +6,14 @@ Each picture is one element of one page; the same run gives the same picture but
 """
 
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from browser import chromium, served
 from playwright.sync_api import Page
+
+from optinfer.folders import new_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_build" / "html"
@@ -42,7 +44,7 @@ SCRUB = """(slider, share) => {
 }"""
 
 
-def take(page: Page, address: str, picture: Picture, theme: str) -> bytes:
+def take(page: Page, address: str, picture: Picture, theme: Literal["light", "dark"]) -> bytes:
     page.set_viewport_size({"width": picture.width, "height": 1600})
     page.emulate_media(color_scheme=theme)
     page.goto(address + picture.page)
@@ -59,16 +61,14 @@ def take(page: Page, address: str, picture: Picture, theme: str) -> bytes:
 def main() -> None:
     if not (BOOK / "index.html").exists():
         raise SystemExit("build the book first: make book")
-    IMAGES.mkdir(parents=True, exist_ok=True)
     with served(BOOK) as address, chromium() as browser:
-        for theme in ("light", "dark"):
+        themes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+        for theme in themes:
             page = browser.new_context(device_scale_factor=1.5).new_page()
             for picture in PICTURES:
                 target = IMAGES / f"{picture.name}-{theme}.png"
-                with tempfile.NamedTemporaryFile(dir=IMAGES, suffix=".png", delete=False) as file:
-                    file.write(take(page, address, picture, theme))
-                Path(file.name).replace(target)
-                target.chmod(0o644)
+                with new_file(target) as work:
+                    work.write_bytes(take(page, address, picture, theme))
                 print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e3:.0f} kB")
             page.context.close()
 

@@ -76,11 +76,11 @@ def executed(path: Path, timeout: float = 600) -> Any:
     """The notebook with its outputs: from the store, or executed in an empty folder and then kept.
 
     Raises:
-        optinfer.course.execute.NotebookError: a cell raised or took too long.
+        optinfer.execute.NotebookError: a cell raised or took too long.
     """
     from jupyter_cache.base import CacheBundleIn
 
-    from optinfer.course.execute import execute
+    from optinfer.execute import execute
 
     if (known := cached(path)) is not None:
         return known

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from optinfer import data
-from optinfer.folders import cache_directory
+from optinfer.folders import cache_directory, new_file
 from optinfer.models import load_model
 from optinfer.speculative.distillation import batches, read_shards
 from optinfer.speculative.draft_head import SHIPPED, DraftHead, HeadDraft
@@ -39,9 +39,8 @@ def generate(arguments: argparse.Namespace) -> None:
             continue
         asked = None if shard % FREE_TALK_EVERY == 0 else questions(seed=shard)
         talk = self_talk(model, tokenizer, arguments.rows, arguments.length, seed=shard, questions=asked)
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.cpu() for name, tensor in talk.items()}, partial)
-        partial.rename(path)
+        with new_file(path) as work:
+            save_file({name: tensor.cpu() for name, tensor in talk.items()}, work)
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ import torch
 
 import optinfer
 from optinfer import data
-from optinfer.results import write_whole
+from optinfer.folders import write_whole
 from optinfer.serving import Engine, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def hand_over(python: str, name: str, folder: Path, model: Any, tokenizer: Any, 
         texts = ask(python, address)
     rows = []
     for prompt, ours, theirs in zip(prompts(), done, texts):
-        row = compare(model, tokenizer, prompt, ours.text, theirs)
+        row = compare(model, tokenizer, prompt, ours.text or "", theirs)
         rows.append({"checkpoint": name, "prompt": prompt[:40], **row, "ours": ours.text, "vllm": theirs})
     return rows
 

@@ -1,13 +1,14 @@
 """The benchmark suite itself: timing in turns, comparing two runs, and the suites' rows."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 import torch
 
-from optinfer import bench, cpu, results
-from optinfer.bench import paged_attention, quantized_matmul, random_model, timing
+from optinfer import bench, cpu, data, results
+from optinfer.bench import kv_cache, paged_attention, quantization, quantized_matmul, random_model, rows, timing
 from optinfer.bench.compare import compare
 from optinfer.bench.report import plot, show
 from optinfer.bench.timing import ROTATED_BYTES, copies_past_the_cache, in_turns, one_after_another
@@ -57,17 +58,78 @@ def test_compare_tells_change_from_noise():
 
 
 def test_compare_matches_cases_not_results():
-    """Sizes stand before the first figure and are part of what was measured; bytes, counts and errors are results."""
+    """In any order of fields: sizes are part of what was measured; bytes, counts and errors are results."""
     before = [row("a", 1.0, tokens=1), row("a", 2.0, tokens=8)]
-    after = [{**row("a", 2.0, tokens=8), "read_bytes": 9, "steps": 3, "error": 0.1}, row("a", 1.0, tokens=1)]
+    after = [{"error": 0.1, **row("a", 2.0, tokens=8), "read_bytes": 9}, row("a", 1.0, tokens=1)]
     found = compare(recorded(before), recorded(after))
     assert [r["tokens"] for r in found] == [1, 8] and {r["verdict"] for r in found} == {"same"}
     with pytest.raises(ValueError, match="cannot compare suite"):
         compare(recorded(before), recorded(after, suite="attention"))
 
 
+RECORDINGS = sorted(data.path("results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_every_row_of_a_recording_finds_itself(path, capsys):
+    one = results.read(path)
+    shuffled = random.Random(0).sample(one.rows, len(one.rows))
+    found = compare(one, Recorded(one.suite, one.device, one.provenance, shuffled))
+    assert len(found) == len(one.rows) and {r["verdict"] for r in found} == {"same"}
+    assert all(r["ratio"] == 1 for r in found if "ratio" in r) and any("ratio" in r for r in found)
+    assert main(["bench", "compare", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{len(one.rows)} same"
+
+
+@pytest.mark.parametrize("suite", rows.ROWS)
+def test_rows_of_every_suite_can_be_told_apart(suite):
+    """Each name by itself; and no measure makes two of one."""
+    kind = rows.ROWS[suite]
+    for field in dataclasses.fields(kind):
+        one, other = kind.read({}), kind.read({field.name: 1})
+        named = "name" in field.metadata
+        assert (one.names != other.names) == named, field.name
+        assert [
+            r["verdict"] for r in compare(recorded([one.as_dict()], suite), recorded([other.as_dict()], suite))
+        ] == (["gone", "new"] if named else ["gone"] if field.name == "skipped" else ["same"])
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no field no_such; it has peer, "):
+        kind.read({"no_such": 1})
+
+
+def test_every_suite_has_its_rows():
+    assert set(bench.SUITES) <= set(rows.ROWS)
+    assert {results.read(path).suite for path in RECORDINGS} <= set(rows.ROWS)
+
+
+def test_suites_make_their_rows():
+    """The small ones; `tests/test_gpu_day.py` runs the parts of the others."""
+    made = [*kv_cache.operation_costs([200], 2), *kv_cache.waste(8), *kv_cache.sharing(8)]
+    typed = rows.read("kv_cache", made)
+    assert {row.names["kind"] for row in typed} == {"operation", "waste", "sharing"}
+    assert len({tuple(row.names.items()) for row in typed}) == len(typed)
+    (timed,) = rows.read("quantization", [quantization.row("nf4", "optinfer", "token, batch 1", [1.0, 3.0, 2.0])])
+    assert timed.as_dict().items() >= {"seconds": 2.0, "fastest": 1.0, "variant": "nf4"}.items()
+
+
+def test_memory_skipped_peers_and_repeated_rows_are_compared():
+    def memory(nbytes, **more):
+        return {"peer": "a", "what": "memory", "q_len": 8, "peak_bytes": nbytes, **more}
+
+    def verdicts(before, after):
+        return [r["verdict"] for r in compare(recorded(before, "attention"), recorded(after, "attention"))]
+
+    skipped = {"peer": "a", "seconds": None, "skipped": "too old"}
+    assert verdicts([memory(100)], [memory(120)]) == ["larger"]
+    assert verdicts([skipped], [skipped]) == ["same"]
+    assert verdicts([skipped], [{"peer": "a", "seconds": 1.0}]) == ["new"]
+    assert verdicts([{"peer": "a", "seconds": 1.0}], [skipped]) == ["gone"]
+    twice = [{"peer": "copy", "seconds": 1.0}, {"peer": "copy", "seconds": 2.0}]
+    assert verdicts(twice, twice) == ["same", "same"]
+    assert verdicts(twice, [*twice[:1], {"peer": "copy", "seconds": 4.0}]) == ["same", "slower"]
+
+
 def test_compare_on_the_command_line(tmp_path, capsys):
-    paths = [results.save("attention", [row("a", center)], tmp_path / str(center)) for center in (1.0, 2.0)]
+    paths = [results.save("quantized_matmul", [row("a", center)], tmp_path / str(center)) for center in (1.0, 2.0)]
     assert main(["bench", "compare", *map(str, paths)]) == 0
     printed = capsys.readouterr().out
     assert "slower" in printed and "1 slower" in printed
@@ -77,17 +139,18 @@ def test_compare_on_the_command_line(tmp_path, capsys):
 
 
 def test_quantized_matmul_suite(tmp_path):
-    rows = bench.run("quantized_matmul", quick=True)
-    peers = {r["peer"] for r in rows if r.get("seconds")}
+    typed = bench.run("quantized_matmul", quick=True)
+    flat = [r.as_dict() for r in typed]
+    peers = {r.peer for r in typed if r.seconds}
     assert {"copy", "torch bf16", "optinfer nf4", "optinfer int4", "optinfer int8"} <= peers
-    for r in rows:
+    for r in flat:
         assert r.get("skipped") or r["seconds"] > 0
         if r["peer"].startswith("optinfer") and "tokens" in r:
             assert r["error"] < 0.01
-    path = results.save("quantized_matmul", rows, tmp_path)
-    assert results.read(path).rows == json.loads(json.dumps(rows))
-    plot(rows, tmp_path / "plot.svg")
-    assert "torch bf16" in (tmp_path / "plot.svg").read_text() and "torch bf16" in repr(show(rows))
+    path = results.save("quantized_matmul", flat, tmp_path)
+    assert results.read(path).rows == json.loads(json.dumps(flat))
+    plot(typed, tmp_path / "plot.svg")
+    assert "torch bf16" in (tmp_path / "plot.svg").read_text() and "torch bf16" in repr(show(flat))
 
 
 def test_a_wrong_peer_is_not_timed():

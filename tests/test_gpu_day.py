@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from optinfer import results
+from optinfer.bench import rows as bench_rows
 from optinfer.bench.gpu_day import checks, steps, tiles, work
-from optinfer.bench.gpu_day.__main__ import run_day
+from optinfer.bench.gpu_day.__main__ import main, run_day
 from optinfer.bench.gpu_day.journal import Journal
 from optinfer.bench.gpu_day.steps import STEPS, Step
+from tests.pretend_gpu import CARDS, environment
 
 ROOT = Path(__file__).parents[1]
+SUITES = {step.suite for step in STEPS if step.suite} - {"tiles"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,15 @@ def test_the_plan():
         assert callable(getattr(__import__(f"{steps.__package__}.{module}", fromlist=[function]), function))
 
 
+MEASURING = {step.work: step for step in STEPS if step.suite not in (None, "tiles")}
+
+
+@pytest.mark.parametrize("step", MEASURING.values(), ids=lambda step: step.name)
+def test_what_is_recorded_are_the_suites_rows(step):
+    measured = bench_rows.read(step.suite, list(step.rows(tiny=True)))
+    assert measured and all(row.skipped or row.seconds or row.as_dict().get("speedup") for row in measured)
+
+
 def test_a_wrong_kernel_is_a_failed_row_and_one_that_raises_too(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(checks, "paged_attention", lambda q, *a, **k: q * float("nan"))
@@ -124,7 +138,7 @@ def test_tiles_become_a_patch_that_python_reads(tmp_path):
     ]
     for path, before, after in tiles.proposals(rows):
         name = Path(path).stem
-        space = {"__name__": name, "__file__": path}
+        space: dict[str, Any] = {"__name__": name, "__file__": path}
         added = [line for line in after.splitlines() if line not in before.splitlines()]
         assert len(added) == 1
         module = __import__(f"optinfer_kernels.{name}", fromlist=["TILES"])
@@ -138,15 +152,36 @@ def test_tiles_become_a_patch_that_python_reads(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["h100", "t4"])
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("card", CARDS)
 def test_rehearsed_on_a_pretended_card(card, tmp_path, monkeypatch):
-    """Everything but the lessons, as on the day: each step in a process that pretends."""
+    """The whole day by its command, each step in a process that pretends; what it brings is read as it is."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("PRETEND_GPU", card)
+    for name, value in environment(card).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("OPTINFER_DAY_PYTHON", f"{sys.executable} -m tests.pretend_gpu")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     monkeypatch.chdir(ROOT)
-    wanted = [dataclasses.replace(s, seconds=600) for s in STEPS if not s.name.startswith("lesson") and not s.tool]
-    journal = Journal(tmp_path)
-    run_day(journal, 90, wanted, tiny=True)
-    assert set(outcomes(journal).values()) == {"done"}, journal.summary()
+    day = tmp_path / "day"
+    code = main(["--minutes", "115", "--tiny", "--out", str(day)])
+    journal = Journal(day)
+    watched = {step.name for step in STEPS if step.missing()}
+    expected = {step.name: "not here" if step.name in watched else "done" for step in STEPS}
+    assert code == 0 and outcomes(journal) == expected, journal.summary()
+    for name in watched:
+        assert "compute-sanitizer is not installed" in journal.steps[name]["why"]
+    files = list(day.iterdir())
+    assert len(files) <= 8 and max(file.stat().st_size for file in files) < 16e6
+
+    kept = journal.keep(tmp_path / "data" / "results")
+    monkeypatch.setattr("optinfer.data.root", lambda: tmp_path)
+    assert len(results.recordings()) == len(kept) == len(SUITES)
+    for suite in SUITES:
+        recorded = results.load(suite, card)
+        record = journal.recordings[results.file_name(suite, recorded.provenance)]
+        assert recorded.on_gpu and recorded.chip == f"Pretend {card.upper()}"
+        assert recorded.rows == [{k: v for k, v in row.items() if k != "step"} for row in record["rows"]]
+
+    journal.finish(STEPS[0], "failed", 1.0, "")  # the command that the summary gives repeats it
+    (command,) = [line.split("`")[1] for line in journal.summary().splitlines() if line.startswith("- doctor")]
+    subprocess.run([*os.environ["OPTINFER_DAY_PYTHON"].split(), *command.split()[1:]], check=True)
+    assert Journal(day).steps["doctor"]["status"] == "done"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from optinfer import bench, cli, data, doctor, hardware, plots, results
-from optinfer.course import card, lab
-from optinfer.course.execute import NotebookError, execute
+from optinfer import bench, card, cli, data, doctor, hardware, plots, results
+from optinfer.course import lab
 from optinfer.course.lesson import setup
 from optinfer.errors import OptinferError
+from optinfer.execute import NotebookError, execute
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -230,7 +230,7 @@ def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_suite_can_be_imported() -> None:
     import importlib
 
-    for suite in bench.available():
+    for suite in bench.SUITES:
         assert callable(importlib.import_module(f"optinfer.bench.{suite}").run)
 
 
@@ -286,3 +286,25 @@ def test_directives_become_portable_markdown() -> None:
         "<details><summary>First?</summary>\n\nYes.\n\n</details>\n\n"
         "<details><summary>Second?</summary>\n\nNo.\n\n</details>\n\n> **Note**\n>\n> A `b`.\n"
     )
+
+
+def test_the_table_of_machines_takes_a_new_recording_without_an_edit() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from build_notebooks import machines
+
+    from optinfer import results
+
+    def recorded(suite: str, capability: list[int] | None, date: str) -> results.Recorded:
+        facts = {"date": date, "versions": {"torch": "2.13.0"}, "capability": capability}
+        return results.Recorded(suite, "Some GPU" if capability else "Some CPU", facts, [{}])
+
+    cpu = recorded("paged_attention", None, "2026-11-24T12:00")
+    assert machines([cpu]).splitlines()[2:] == [
+        "| Some CPU | paged attention | torch 2.13.0 | 2026-11-24 |",
+        "",
+        "Nothing has been recorded on a GPU yet, so no figure of one is shown.",
+    ]
+    days = [recorded(suite, [9, 0], date) for suite, date in (("attention", "2026-12-02"), ("serving", "2026-12-01"))]
+    assert machines([cpu, *days]).splitlines()[3:] == [
+        "| Some GPU | attention, serving | torch 2.13.0 | 2026-12-01 to 2026-12-02 |"
+    ]

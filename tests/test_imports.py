@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import rooms
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,37 +38,43 @@ def test_unknown_public_name_lists_the_known() -> None:
         _ = optinfer.quantise
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every absolute module name imported anywhere in a file."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def test_rooms_import_what_the_table_allows_and_all_of_it() -> None:
+    found = rooms.arrows(rooms.imports())
+    forbidden = {arrow: found[arrow] for arrow in found.keys() - rooms.allowed()}
+    assert not forbidden, f"not in scripts/rooms.py's table: {forbidden}"
+    assert not rooms.allowed() - found.keys(), "in the table, but nobody's"
+    assert set(map(rooms.room, rooms.modules())) == set(rooms.MAY_IMPORT)
 
 
-CHAPTERS = ("quantization", "attention", "kv_cache", "speculative")
+def test_the_tables_arrows_run_one_way() -> None:
+    order = list(rooms.MAY_IMPORT)
+    assert not [arrow for arrow in rooms.allowed() if order.index(arrow[0]) <= order.index(arrow[1])]
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapters_do_not_import_each_other(chapter: str) -> None:
-    """Except paged attention, which uses attention's reference as the paper does."""
-    allowed = {("kv_cache", "attention"), ("speculative", "quantization")}
-    for path in (ROOT / "optinfer" / chapter).rglob("*.py"):
-        for other in CHAPTERS:
-            if other == chapter or (chapter, other) in allowed:
-                continue
-            crossing = [m for m in imported_modules(path) if m.startswith(f"optinfer.{other}")]
-            assert not crossing, f"{path.relative_to(ROOT)} imports {crossing}"
+def test_no_module_imports_itself_through_others() -> None:
+    assert rooms.circles(rooms.imports()) == []
 
 
-def test_kernels_know_nothing_of_the_package() -> None:
-    for path in (ROOT / "kernels").rglob("*.py"):
-        ours = [m for m in imported_modules(path) if m == "optinfer" or m.startswith("optinfer.")]
-        assert not ours, f"{path.relative_to(ROOT)} imports {ours}"
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    """So that the three tests above can fail: at the top, in a function, relative, for types alone; a circle over rooms."""
+    package = tmp_path / "optinfer"
+    (package / "cpu").mkdir(parents=True)
+    (tmp_path / "kernels" / "optinfer_kernels").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cpu" / "__init__.py").write_text("def f():\n    from .. import data\n")
+    (package / "data.py").write_text("import optinfer.noise\nif TYPE_CHECKING:\n    from optinfer.cpu import f\n")
+    (package / "noise.py").write_text("from optinfer.cpu import f\n")
+    found = rooms.imports(tmp_path)
+    assert set(rooms.arrows(found)) == {("cpu", "data"), ("data", "noise"), ("data", "cpu"), ("noise", "cpu")}
+    assert [one for one in found if not one.runs] == [rooms.Import("optinfer.data", "optinfer.cpu", False)]
+    assert rooms.circles(found) == [["optinfer.cpu", "optinfer.data", "optinfer.noise"]]
+    (package / "noise.py").write_text("import json\n")
+    assert rooms.circles(rooms.imports(tmp_path)) == []
+
+
+def test_the_picture_shows_the_table() -> None:
+    text = rooms.ARCHITECTURE.read_text(encoding="utf-8")
+    assert rooms.picture() in text and rooms.drawn(text) == text
 
 
 def test_quantization_waits_with_transformers() -> None:

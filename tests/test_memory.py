@@ -1,7 +1,6 @@
 """Memory arithmetic: against real models, against the published figures, and Python against the widget's JavaScript."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optinfer import memory
 from optinfer.kv_cache import kv_bytes
 from optinfer.widgets.memory_calculator import MemoryCalculator
+from optinfer.widgets.modules import inlined
+from tests.javascript import NODE, needs_node
 
 SCRIPT = Path(memory.__file__).parent / "widgets" / "memory_calculator.js"
 
@@ -127,20 +128,20 @@ def test_errors() -> None:
         MemoryCalculator(model="GPT-5")
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@needs_node
 def test_widget_counts_as_python_does(tmp_path: Path) -> None:
     cases = [
         {"weight_bits": w, "kv_bits": k, "context": c, "requests": r}
         for w, k, c, r in [(16, 16, 4096, 1), (4.5, 8, 128, 256), (3.25, 4, 131072, 7), (8, 16, 1, 1)]
     ]
     program = tmp_path / "run.mjs"
-    shutil.copyfile(SCRIPT, tmp_path / "calculator.mjs")
+    (tmp_path / "calculator.mjs").write_text(inlined(SCRIPT), encoding="utf-8")
     program.write_text(
         'import widget from "./calculator.mjs";\n'
         f"const [models, cases] = [{json.dumps(memory.presets())}, {json.dumps(cases)}];\n"
         "console.log(JSON.stringify(models.map((m) => cases.map((c) => widget.plan(m, c)))));\n"
     )
-    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run([NODE, str(program)], capture_output=True, text=True, timeout=600, check=True)
     for shape, answers in zip(memory.MODELS.values(), json.loads(done.stdout), strict=True):
         for case, answer in zip(cases, answers, strict=True):
             expected = memory.plan(shape, **case)

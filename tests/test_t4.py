@@ -8,7 +8,7 @@ import torch
 
 import optinfer
 from optinfer import attention, hardware
-from optinfer.course.execute import execute
+from optinfer.execute import execute
 from optinfer.kv_cache import paged_attention
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"

@@ -81,4 +81,4 @@ def test_installed_package_finds_its_data(installed: Path, tmp_path: Path) -> No
 @pytest.mark.xdist_group("wheel")
 def test_notebook_01_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     notebook = installed.parents[1] / "share/optinfer/notebooks/01_quantization.ipynb"
-    assert "cells in" in in_elsewhere(installed, tmp_path, "-m", "optinfer.course.execute", str(notebook))
+    assert "cells in" in in_elsewhere(installed, tmp_path, "-m", "optinfer.execute", str(notebook))

@@ -33,6 +33,7 @@ from optinfer_kernels.flash_attention import (  # noqa: E402
 )
 from optinfer_kernels.flash_attention_tma import tma_readable  # noqa: E402
 from optinfer_kernels.interpreter import launch, will_interpret  # noqa: E402
+from optinfer_kernels.scratch import scratch_memory  # noqa: E402
 
 MAX_HEAD_DIM = 128
 
@@ -128,16 +129,15 @@ def flash_attention(
     if a.kv_len == 0:
         return out.zero_(), lse.fill_(-torch.inf) if return_lse else None
     tile = tile or (INTERPRETER_TILE if will_interpret(q.device) else tile_for(a.head_dim))
-    if q.is_cuda:  # descriptors made inside the kernel live in scratch memory that Triton asks us for
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
-    launch(
-        flash_attention_ws_kernel,
-        (a.batch * a.heads, triton.cdiv(a.q_len, tile.block_m)),
-        q, k, v, out, lse if return_lse else out,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        a.heads, a.group, a.q_len, a.kv_len, logit_scales(a)[0],
-        HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        CAUSAL=a.causal, MASKED=a.causal or a.kv_len % tile.block_n != 0, STORE_LSE=return_lse,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with scratch_memory(q.device):  # for the descriptors
+        launch(
+            flash_attention_ws_kernel,
+            (a.batch * a.heads, triton.cdiv(a.q_len, tile.block_m)),
+            q, k, v, out, lse if return_lse else out,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            a.heads, a.group, a.q_len, a.kv_len, logit_scales(a)[0],
+            HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            CAUSAL=a.causal, MASKED=a.causal or a.kv_len % tile.block_n != 0, STORE_LSE=return_lse,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse

@@ -1,28 +1,30 @@
 """Benchmarks: correctness before timing, peers side by side in one run, results with their provenance.
 
 A suite is a module of this package with ``run(quick: bool = False) -> list[dict]``: one flat dict per measurement, with
-the field ``peer`` naming whose code ran and ``seconds`` the median time.
+the fields of its row in `optinfer.bench.rows`.
 """
 
 import importlib
-import importlib.util
-from typing import Any
 
-SUITES = ("quantization", "quantized_matmul", "attention", "kv_cache", "paged_attention", "speculative", "serving")
+from optinfer.bench.rows import Row, read
+
+SUITES = (
+    "quantization",
+    "quantized_matmul",
+    "attention",
+    "kv_cache",
+    "paged_attention",
+    "speculative",
+    "serving",
+)
 
 
-def run(suite: str, quick: bool = False) -> list[dict[str, Any]]:
+def run(suite: str, quick: bool = False) -> list[Row]:
     """Run one suite.
 
     Raises:
-        ValueError: there is no such suite.
-        ModuleNotFoundError: the suite is known but not in this version.
+        ValueError: there is no such suite; it made a row of other fields than its own.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, or all; not {suite!r}")
-    return importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick)
-
-
-def available() -> list[str]:
-    """The suites of this version."""
-    return [name for name in SUITES if importlib.util.find_spec(f"optinfer.bench.{name}")]
+    return read(suite, importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick))

@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from optinfer import data, hardware, load_model, models, results
+from optinfer import data, hardware, models, results
+from optinfer.bench.rows import read
 from optinfer.quantization.methods.calibrate import calibrate
 from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
@@ -38,7 +39,7 @@ PEER_METHODS = ("gptq", "awq")
 
 def measure(method: str, bits: int) -> dict[str, Any]:
     """One row: the default model quantized by one method of ours. 8-bit activations stay quantized while judged."""
-    model, tokenizer = load_model()
+    model, tokenizer = models.load_model()
     for parameter in model.parameters():
         parameter.detach().sum()  # mapped from the file: a weight that nobody has read occupies nothing yet
     loaded = hardware.peak_memory_bytes()
@@ -62,7 +63,7 @@ def measure_llm_compressor(method: str, bits: int) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
-    model, tokenizer = load_model()
+    model, tokenizer = models.load_model()
     sequences = calibrate(model, tokenizer, **CALIBRATION).sequences.tolist()
     worker = Path(__file__).with_name("llmcompressor_worker.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         rows.append(row | found)
-        results.save(SUITE, rows, args.out)
+        results.save(SUITE, [typed.as_dict() for typed in read(SUITE, rows)], args.out)
         print({k: v for k, v in rows[-1].items() if k != "windows"}, flush=True)
     return 0
 

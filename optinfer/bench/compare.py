@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
+from collections import Counter
 from typing import Any
 
+from optinfer.bench.rows import Row, read
 from optinfer.results import Recorded
 
 LEAST_CHANGE = 0.03  # smaller differences of medians are not worth reporting, however sure
 
+# What rows are compared by, the first that both have, and what to say of a smaller and of a larger one.
+FIGURES = {
+    "seconds": ("faster", "slower"),
+    "peak_bytes": ("smaller", "larger"),
+    "speedup": ("less gain", "more gain"),
+}
+VERDICTS = (*(word for pair in FIGURES.values() for word in pair), "same", "new", "gone")
+
 
 def compare(before: Recorded, after: Recorded) -> list[dict[str, Any]]:
-    """One row per measurement that both runs have: seconds before and after, their ratio and a verdict.
+    """One row per measurement of either run: its names, the figure before and after, their ratio and a verdict.
 
-    "faster" or "slower" only where the middle halves of the samples do not overlap and the medians differ by more
-    than 3 %; without samples, by more than 10 %. Rows of only one run have the verdict "new" or "gone".
+    The verdict is not "same" only where the middle halves of the samples do not overlap and the medians differ by more
+    than 3 %; without samples, by more than 10 %. "new" or "gone" is what only one run has or could measure.
 
     Raises:
-        ValueError: the files are of different suites.
+        ValueError: the files are of different suites, or not of a suite.
     """
     if before.suite != after.suite:
         raise ValueError(f"cannot compare suite {before.suite!r} with {after.suite!r}")
-    old, new = ({key(row): row for row in run.rows if row.get("seconds")} for run in (before, after))
-    rows = []
-    for which in dict.fromkeys([*old, *new]):
-        a, b = old.get(which), new.get(which)
-        row: dict[str, Any] = dict(which)
-        row["before"] = a and a["seconds"]
-        row["after"] = b and b["seconds"]
-        row["ratio"] = b["seconds"] / a["seconds"] if a and b else None
-        row["verdict"] = verdict(a, b) if a and b else "new" if b else "gone"
-        rows.append(row)
-    return rows
+    old, new = (by_names(read(run.suite, run.rows)) for run in (before, after))
+    return [_compared(old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
 
 
-def key(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What was measured. A row names its case first; the first measured figure, a float, ends the names."""
-    case = itertools.takewhile(lambda item: not isinstance(item[1], float), row.items())
-    return tuple(sorted((k, v) for k, v in case if isinstance(v, str | int)))
+def by_names(rows: list[Row]) -> dict[tuple[tuple[str, Any], ...], Row]:
+    """Rows by what was measured; what was measured several times, such as a ceiling, by its turn, too."""
+    seen: Counter[tuple[tuple[str, Any], ...]] = Counter()
+    found = {}
+    for row in rows:
+        key = tuple(row.names.items())
+        found[(*key, ("turn", seen[key])) if seen[key] else key] = row
+        seen[key] += 1
+    return found
 
 
-def verdict(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """faster, slower or same."""
-    ratio = after["seconds"] / before["seconds"]
-    low_a, high_a = spread(before)
-    low_b, high_b = spread(after)
+def _compared(before: Row | None, after: Row | None) -> dict[str, Any]:
+    if before is None or (after is not None and before.skipped and not after.skipped):
+        assert after is not None
+        return after.names | {"verdict": "new"}
+    if after is None or (after.skipped and not before.skipped):
+        return before.names | {"verdict": "gone"}
+    for figure in FIGURES:
+        a, b = getattr(before, figure, None), getattr(after, figure, None)
+        if a and b:
+            found = {"figure": figure, "before": a, "after": b, "ratio": b / a}
+            return before.names | found | {"verdict": verdict(before, after, figure)}
+    return before.names | {"verdict": "same"}
+
+
+def verdict(before: Row, after: Row, figure: str) -> str:
+    """What to say of the change of one figure."""
+    ratio = getattr(after, figure) / getattr(before, figure)
+    low_a, high_a = spread(before, figure)
+    low_b, high_b = spread(after, figure)
+    less, more = FIGURES[figure]
     if ratio < 1 - LEAST_CHANGE and high_b < low_a:
-        return "faster"
+        return less
     if ratio > 1 + LEAST_CHANGE and low_b > high_a:
-        return "slower"
+        return more
     return "same"
 
 
-def spread(row: dict[str, Any]) -> tuple[float, float]:
+def spread(row: Row, figure: str) -> tuple[float, float]:
     """The middle half of the samples; 5 % around the figure where there are none."""
-    samples = row.get("samples") or []
-    if len(samples) < 4:
-        return row["seconds"] * 0.95, row["seconds"] * 1.05
+    samples = getattr(row, "samples", None) if figure == "seconds" else None
+    if not isinstance(samples, list) or len(samples) < 4:
+        return getattr(row, figure) * 0.95, getattr(row, figure) * 1.05
     quartiles = statistics.quantiles(samples, n=4)
     return quartiles[0], quartiles[2]

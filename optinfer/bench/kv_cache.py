@@ -136,7 +136,7 @@ def sharing(num_requests: int = 100, seed: int = 0) -> list[dict[str, Any]]:
     """Blocks saved by n answers to one prompt, and by one system prompt for everybody: the paper's 6.3 and 6.4."""
     trace = sharegpt_like(num_requests, seed)
     kinds = [("samples", n, parallel_sampling_saving) for n in (2, 4, 6)]
-    kinds += [("system prompt", n, shared_prefix_saving) for n in (64, 256, 1024)]
+    kinds += [("system_prompt", n, shared_prefix_saving) for n in (64, 256, 1024)]
     rows = []
     for shared, size, saving in kinds:
         start = time.perf_counter()

@@ -11,7 +11,6 @@ import copy
 import gc
 import json
 import logging
-import statistics
 import subprocess
 import sys
 import time
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import optinfer
 from optinfer import hardware
-from optinfer.bench.steps import BATCHES, beside_llama_cpp
+from optinfer.bench.steps import BATCHES, beside_llama_cpp, row
+from optinfer.models import load_model
 from optinfer.quantization import quantize
-from optinfer.quantization.model import linear_layers, replace_module
+from optinfer.quantization.layers import linear_layers, replace_module
 
 PEERS = ("optinfer", "bitsandbytes")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,7 +40,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     Args:
         quick: fewer rounds, NF4 and LLM.int8() only.
     """
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = load_model()
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every layer: that would be timed as well
     peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]
@@ -67,7 +66,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
         seconds = _interleaved_on_copies(model, {peer: make(peer) for peer in peers}, max(2, rounds // 2))
         for peer in peers:
-            rows.append(_row(name, peer, "quantize the model", seconds[peer]))
+            rows.append(row(name, peer, "quantize the model", seconds[peer]))
         if len(peers) == 2:
             with torch.inference_mode():
                 a, b = (made[p](ids).logits.float() for p in PEERS)
@@ -171,19 +170,8 @@ def _decode_rows(variant: str, models: dict[str, Any], rounds: int, context: int
                     _synchronize(models[peer])
                     seconds[peer].append(time.perf_counter() - start)
         for peer, samples in seconds.items():
-            rows.append(_row(variant, peer, f"token, batch {batch}", samples))
+            rows.append(row(variant, peer, f"token, batch {batch}", samples))
     return rows
-
-
-def _row(variant: str, peer: str, what: str, samples: list[float]) -> dict[str, Any]:
-    return {
-        "variant": variant,
-        "peer": peer,
-        "what": what,
-        "seconds": statistics.median(samples),
-        "fastest": min(samples),
-        "samples": samples,
-    }
 
 
 def _peak(peer: str, options: dict[str, Any]) -> dict[str, float]:
@@ -197,7 +185,7 @@ def _peak_here(peer: str, options: dict[str, Any]) -> dict[str, float]:
     if _has_bitsandbytes():
         import bitsandbytes  # noqa: F401  both peers pay for its import: our fused operator lives there
 
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = load_model()
     before = hardware.peak_memory_bytes()
     QUANTIZE[peer](model, **options)
     ids = tokenizer("The memory of a language model", return_tensors="pt").input_ids.to(model.device)

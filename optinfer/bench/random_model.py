@@ -15,8 +15,8 @@ from torch import nn
 from optinfer import hardware, noise
 from optinfer.bench.timing import in_turns, one_after_another
 from optinfer.memory import ModelShape
+from optinfer.quantization.layers import linear_layers, replace_module
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import linear_layers, replace_module
 from optinfer.quantization.schemes import resolve_scheme
 
 CONTEXT = 512

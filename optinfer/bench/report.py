@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from optinfer.bench.compare import key
-from optinfer.course.card import Table
+from optinfer.bench.rows import Row
+from optinfer.card import Table
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
@@ -24,7 +24,7 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def plot(rows: list[dict[str, Any]], path: Path, most: int = 40) -> None:
+def plot(rows: list[Row], path: Path, most: int = 40) -> None:
     """Seconds of every peer, one line per case, on a logarithmic axis; written as an SVG file. At most `most` cases."""
     import matplotlib.pyplot as plt
 
@@ -32,9 +32,9 @@ def plot(rows: list[dict[str, Any]], path: Path, most: int = 40) -> None:
 
     cases: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.get("seconds"):
-            label = ", ".join(f"{k} {v}" for k, v in key(row) if k not in ("peer", "dtype"))
-            cases.setdefault(label, {})[row.get("peer", "")] = row["seconds"]
+        if row.seconds:
+            label = ", ".join(f"{k} {v}" for k, v in row.names.items() if k not in ("peer", "dtype"))
+            cases.setdefault(label, {})[row.peer or ""] = row.seconds
     shown = dict(list(cases.items())[:most])
     peers = list(dict.fromkeys(peer for case in shown.values() for peer in case))
     plots.style()

@@ -233,9 +233,9 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     vLLM and llama.cpp take part where `OPTINFER_VLLM_PYTHON` and `OPTINFER_LLAMA_CPP_PYTHON` name the python of their
     environments; who is missing is said to be skipped.
     """
-    import optinfer
+    from optinfer.quantization import quantize
 
-    model, tokenizer = optinfer.load_model()
+    model, tokenizer = models.load_model()
     longest = 24 if quick else 96
     trace_of = functools.partial(make_trace, tokenizer, longest=longest)
     with contextlib.ExitStack() as stack:
@@ -250,7 +250,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
             rows += throughput(model, trace_of(num_requests), rounds, peers)
         rows += latency(model, trace_of(8 if quick else 32, rate=2.0), peers)
-    quantized = optinfer.quantize(copy.deepcopy(model), "int4", progress=False)
+    quantized = quantize(copy.deepcopy(model), "int4", progress=False)
     shipped, _ = load_as_shipped()
     return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96, shipped=shipped)
 

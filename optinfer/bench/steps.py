@@ -37,7 +37,8 @@ def beside_llama_cpp(model: Any, batches: Sequence[int] = BATCHES, rounds: int =
                 peer = stack.enter_context(contextlib.closing(LlamaCpp(python, theirs)))
                 peers[peer.name] = peer.serve
             for batch in batches:
-                rows += [_row(name, batch, *item) for item in _in_turns(peers, _trace(model, batch), rounds).items()]
+                taken = _in_turns(peers, _trace(model, batch), rounds)
+                rows += [row(name, peer, f"step, batch {batch}", samples) for peer, samples in taken.items()]
     return rows
 
 
@@ -58,12 +59,14 @@ def _in_turns(peers: dict[str, Callable], trace: list[TraceRequest], rounds: int
     return seconds
 
 
-def _row(variant: str, batch: int, peer: str, samples: list[float]) -> dict[str, Any]:
+def row(variant: str, peer: str, what: str, samples: list[float]) -> dict[str, Any]:
+    """A row of the suite `quantization`."""
+    seconds = statistics.median(samples)
     return {
         "variant": variant,
         "peer": peer,
-        "what": f"step, batch {batch}",
-        "seconds": statistics.median(samples),
+        "what": what,
+        "seconds": seconds,
         "fastest": min(samples),
         "samples": samples,
     }

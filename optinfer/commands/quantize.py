@@ -1,7 +1,6 @@
-"""``optinfer quantize`` and ``optinfer export``: from a hub id or folder to one that can be served.
+"""``optinfer quantize``: from a hub id or folder to one that can be served.
 
 optinfer quantize MODEL --method awq --bits 4 --group-size 64 --export compressed-tensors --out DIR
-optinfer export MODEL --format compressed-tensors --out DIR
 """
 
 from __future__ import annotations
@@ -9,20 +8,15 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
-from optinfer.folders import new_folder
+from optinfer import data
+from optinfer.commands.models import load_named, refuse_existing
 from optinfer.quantization.checkpoints.save import FORMATS, save_checkpoint
-from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.ladder import METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
 
-__all__ = ["add_export_arguments", "add_quantize_arguments", "export_command", "quantize_command"]
 
-PLAIN = "transformers"  # ordinary weights, nothing packed
-
-
-def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``optinfer quantize``."""
     parser.add_argument("model", help='a hub id, a folder, or "default"')
     parser.add_argument("--method", choices=METHODS, default="awq")
@@ -34,14 +28,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluate", type=int, default=8192, metavar="TOKENS", help="for perplexity (0: skip it)")
 
 
-def quantize_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Load, quantize, write, and say what it cost: size, perplexity before and after, seconds."""
-    from optinfer import data
-
-    _refuse_existing(args.out)
+    refuse_existing(args.out)
     # Files with zero points are the rule for AWQ; in the other formats fewer programs load them, see `save_checkpoint`.
     grid = args.grid or ("affine" if args.export == "awq" else "symmetric")
-    model, tokenizer = _load(args.model)
+    model, tokenizer = load_named(args.model)
 
     def quality() -> str:
         if not args.evaluate:
@@ -64,45 +56,3 @@ def quantize_command(args: argparse.Namespace) -> int:
     print(f"{'perplexity':12}{quality_before:>18}{quality_after:>18}")
     print(f"{'seconds':12}{'':>18}{seconds:>18.1f}")
     return 0
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``optinfer export``."""
-    parser.add_argument("model", help='a hub id, a folder (also one in this package\'s own format), or "default"')
-    parser.add_argument(
-        "--format", choices=(PLAIN, *FORMATS), default="compressed-tensors", help="transformers: unpacked"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of what is not quantized")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to make")
-
-
-def export_command(args: argparse.Namespace) -> int:
-    """Write a model as a folder that others load: packed as it was quantized, or as ordinary weights."""
-    _refuse_existing(args.out)
-    model, tokenizer = _load(args.model, dtype=args.dtype, device="cpu")
-    if args.format == PLAIN:
-        dequantize(model)
-        with new_folder(args.out) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    elif any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        save_checkpoint(model, args.out, args.format, tokenizer)
-    else:
-        raise ValueError(
-            f"{args.model} is not quantized, and --format {args.format} holds quantized weights: "
-            f"use `optinfer quantize {args.model} --export …`, or --format {PLAIN}"
-        )
-    size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
-    print(f"{args.model} written as {args.format} to {args.out}: {size / 1e6:.1f} MB of weights")
-    return 0
-
-
-def _load(name: str, **options: Any) -> tuple[Any, Any]:
-    from optinfer.models import load_model
-
-    return load_model(None if name == "default" else name, **options)
-
-
-def _refuse_existing(folder: Path) -> None:
-    if folder.exists():
-        raise ValueError(f"{folder} exists: choose another folder, or remove it first")

@@ -4,9 +4,9 @@ import contextlib
 import json
 from typing import Any
 
+from optinfer.card import Table
 from optinfer.course import records
-from optinfer.course.card import Table
-from optinfer.results import write_whole
+from optinfer.folders import write_whole
 
 # The lesson that measures each claim last.
 LESSONS = {

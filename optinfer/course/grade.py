@@ -6,11 +6,9 @@ What the notebook shows is not believed: after its cells have run, the kernel is
 A cell that raises is passed over, one that hangs is interrupted, one that kills the kernel is left out of a second run.
 """
 
-import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from optinfer.course.card import Table
+from optinfer.card import Table
 
 _CHECK = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
 _MARK = "optinfer-grade:"
@@ -347,46 +345,3 @@ def junit(grades: list[Grade]) -> str:
 def _printable(text: str) -> str:
     """Without the control characters that XML forbids."""
     return re.sub(r"[^\t\n\r\x20-\uFFFD]", "", text)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``optinfer grade``."""
-    parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
-    parser.add_argument(
-        "--assignment", metavar="NOTEBOOK", help="the notebook handed out: its exercises count, whatever was deleted"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--junit", metavar="FILE", help="also write JUnit XML")
-    parser.add_argument(
-        "--min", type=float, default=1.0, help="share of the points for exit code 0 (default: %(default)s)"
-    )
-    parser.add_argument("--cell-timeout", type=float, default=120, help="seconds for one cell (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one notebook (default: %(default)s)")
-    parser.add_argument("--memory", type=float, default=8.0, help="gigabytes for one kernel (default: %(default)s)")
-
-
-def grade_command(args: argparse.Namespace) -> int:
-    """``optinfer grade``: 0 if every notebook reaches ``--min``, else 1.
-
-    Raises:
-        ValueError: ``--min`` is no share, or a limit is not positive.
-    """
-    if not 0 <= args.min <= 1:
-        raise ValueError(f"--min must be a share from 0 to 1, not {args.min}")
-    for name in ("cell_timeout", "timeout", "memory"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    grades = []
-    for path in args.notebooks:
-        print(f"{path} …", file=sys.stderr)
-        grades.append(grade(path, args.cell_timeout, args.timeout, args.memory, assignment=args.assignment))
-    if args.junit:
-        _write(Path(args.junit), junit(grades))
-    print(json.dumps([found.as_dict() for found in grades], indent=1) if args.json else report(grades, args.min))
-    return 0 if all(found.points and found.fraction >= args.min for found in grades) else 1
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,7 +1,7 @@
 """Help in steps: a nudge, the idea, almost the code, and the solution when nothing else will do."""
 
+from optinfer.card import Card
 from optinfer.course import exercises, records
-from optinfer.course.card import Card
 
 _STEPS = ("a nudge", "the idea", "almost the code")
 

@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from optinfer.card import Card, Folded, Table
 from optinfer.course import claims
-from optinfer.course.card import Card, Folded, Table
 from optinfer.course.verdicts import VERDICTS, Verdict, side
 
 if TYPE_CHECKING:

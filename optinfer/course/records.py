@@ -4,15 +4,15 @@ The file is ~/.optinfer/progress.json, or what the environment variable OPTINFER
 that gets a progress.json).
 """
 
-import argparse
+import contextlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optinfer.course.card import Table
+from optinfer.card import Table
+from optinfer.folders import write_whole
 
 if TYPE_CHECKING:
     from optinfer.course.checks import Result
@@ -41,15 +41,8 @@ def update(exercise_id: str, **changes: Any) -> None:
     """Change what is known of one exercise. A folder that cannot be written to is no reason to fail."""
     known = load()
     known.setdefault(exercise_id, {}).update(changes)
-    try:
-        target = path()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".json")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(known, file, indent=1, sort_keys=True)
-        os.replace(temporary, target)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        write_whole(path(), json.dumps(known, indent=1, sort_keys=True))
 
 
 def record(result: "Result") -> None:
@@ -81,9 +74,3 @@ def progress() -> Table:
         )
     caption = f"{done} of {total} points. Kept in {str(path()).replace(str(Path.home()), '~', 1)}"
     return Table(("chapter", "", "solved", "points", "next"), tuple(rows), caption)
-
-
-def progress_command(args: argparse.Namespace) -> int:
-    """``optinfer progress``: print the table."""
-    print(progress())
-    return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optinfer.quantization.checks import check_choice, check_weight
 from optinfer.quantization.formats.small_floats import E2M1
-from optinfer.quantization.model import linear_layers
+from optinfer.quantization.layers import linear_layers
 from optinfer.quantization.number_formats import FP4, NF4
 from optinfer.quantization.quality import Agreement, kl_divergence
 

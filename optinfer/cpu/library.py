@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import structs
-from optinfer.folders import cache_directory
+from optinfer.folders import cache_directory, new_file
 
 FOLDER = Path(__file__).parent
 # -ffp-contract=fast: a * b + c is one instruction and one rounding. Nothing that would change what infinities, NaNs or
@@ -117,13 +116,9 @@ def _compiled() -> Path | None:
 def _compile(compiler: str, source: Path, target: Path) -> None:
     from tqdm.auto import tqdm
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=target.parent) as work,
+        new_file(target) as work,
         tqdm(total=1, desc="compiling kernels for this processor, once", leave=False) as bar,
     ):
-        made = Path(work) / target.name
-        command = [compiler, *_FLAGS, str(source), "-o", str(made)]
-        subprocess.run(command, capture_output=True, check=True)
-        made.replace(target)  # whole or not at all
+        subprocess.run([compiler, *_FLAGS, str(source), "-o", str(work)], capture_output=True, check=True)
         bar.update()

@@ -28,9 +28,8 @@ from optinfer.quantization.experts import (
     quantize_experts,
     transposed,
 )
-from optinfer.quantization.layers import recorded, select_layers, unquantized_weights
+from optinfer.quantization.layers import recorded, replace_module, restore, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
-from optinfer.quantization.model import replace_module, restore
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]

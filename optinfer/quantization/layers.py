@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one
-from optinfer.quantization.linear import matrix_of
+from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one, restore_experts
+from optinfer.quantization.linear import QuantizedLinear, matrix_of
 
-__all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers", "unquantized_weights"]
+__all__ = ["Selection", "linear_layers", "restore", "select_layers", "unquantized_layers", "unquantized_weights"]
 
 
 SMALL_SHARE = 0.02  # of a model's weights: so much may be left without being asked
@@ -49,6 +49,23 @@ def linear_layers(model: nn.Module, skip: str | Iterable[str] = ()) -> dict[str,
     """
     found = select_layers(model, skip, watch=False, experts=True).layers
     return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in `model` (a module may be used under several names)."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def restore(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put ordinary layers and stacks with the restored weights (in `dtype`, or their own) in place of all quantized ones."""
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = module.dequantize()
+            replace_module(model, module, linear if dtype is None else linear.to(dtype))
+    restore_experts(model, dtype)
 
 
 def select_layers(

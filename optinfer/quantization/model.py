@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
-from optinfer.quantization.experts import quantize_experts, restore_experts
-from optinfer.quantization.layers import Selection, linear_layers, select_layers, unquantized_weights
+from optinfer.quantization.experts import quantize_experts
+from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
-__all__ = ["linear_layers", "mark_quantized", "quantize", "refuse_quantized", "replace_module"]
+__all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
 
 def quantize(
@@ -117,23 +116,6 @@ def _left(selection: Selection) -> str:
         reasons.setdefault(why, []).append(name)
     parts = [f"{len(names)}: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in reasons.items()]
     return "; left alone " + "; ".join(parts) if parts else ""
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in `model` (a module may be used under several names)."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
-def restore(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put ordinary layers and stacks with the restored weights (in `dtype`, or their own) in place of all quantized ones."""
-    for module in list(model.modules()):
-        if isinstance(module, QuantizedLinear):
-            linear = module.dequantize()
-            replace_module(model, module, linear if dtype is None else linear.to(dtype))
-    restore_experts(model, dtype)
 
 
 def refuse_quantized(model: nn.Module) -> None:

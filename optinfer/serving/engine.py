@@ -3,7 +3,7 @@
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -221,7 +221,9 @@ class Engine:
         tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return self.generate(tokens, params, progress, salt=salt)
 
-    def stream(self, prompt: Any, params: SamplingParams | None = None, *, salt: str = "") -> Iterator[Delta]:
+    def stream(
+        self, prompt: Any, params: SamplingParams | None = None, *, salt: str = ""
+    ) -> Generator[Delta, None, None]:
         """Continue one prompt and yield its tokens and text as they come. Other requests advance with it.
 
         Dropping the iterator cancels the request. Raises as `add_request`, at the call.
@@ -229,7 +231,7 @@ class Engine:
         request = self._intake.request(prompt, params, arrival=self.clock(), salt=salt)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[Delta]:
+    def _stream(self, request: Request) -> Generator[Delta, None, None]:
         try:
             with self._turn():
                 group = self._output.add(request, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.folders import new_file
 from optinfer.hardware import has_fast_half
 from optinfer.speculative.distillation import distillation_loss, frequent_tokens
 from optinfer.speculative.draft_head import DraftHead
@@ -98,9 +99,8 @@ class HeadTraining:
                 f"square.{name}": moments["exp_avg_sq"],
             }
         facts = {name: getattr(self, name) for name in self._FACTS}
-        partial = path.with_suffix(".partial")
-        save_file({k: v.contiguous() for k, v in state.items()}, partial, metadata={"run": json.dumps(facts)})
-        partial.rename(path)
+        with new_file(path) as work:
+            save_file({k: v.contiguous() for k, v in state.items()}, work, metadata={"run": json.dumps(facts)})
 
     def train_step(self, batch: dict[str, Tensor], fraction: float) -> float:
         """One step when ``fraction`` of the budget is spent; the loss. Each phase's learning rate falls in a line."""

@@ -1,4 +1,4 @@
-"""A widget that lives in three places from one JavaScript file.
+"""A widget that lives in three places from one JavaScript module.
 
 With a kernel (JupyterLab, Colab) it is an ordinary anywidget. In a static page it is the same module, inlined in the
 output's ``text/html`` with a small stand-in for the model; it then needs no kernel and makes no network request.
@@ -48,8 +48,8 @@ element.dataset.ready = "true";
 class StaticWidget(anywidget.AnyWidget):
     """Base of the course's widgets.
 
-    A subclass sets ``_esm`` to the path of a module with ``export default {{ render }}``, whose root element has class
-    ``oi``; optionally ``_widget_css``; and tags the traits that the module reads with ``sync=True``. All logic that
+    A subclass sets ``_esm`` to the text of a module (see `inlined`) with ``export default { render }``, whose root element
+    has class ``oi``; optionally ``_widget_css``; and tags the traits that the module reads with ``sync=True``. All logic that
     must work without a kernel is in JavaScript over a trace that Python computed before.
     """
 
@@ -77,13 +77,12 @@ class StaticWidget(anywidget.AnyWidget):
 
     def static_html(self) -> str:
         """The widget as a fragment of HTML that needs no kernel and no network."""
-        esm = self._esm if isinstance(self._esm, str) else str(self._esm)
         return _STATIC_PAGE.format(
             id=f"oi-{uuid.uuid4().hex[:12]}",
             name=type(self).__name__,
             summary=html.escape(self.summary()),
             css=_as_script(str(self._css)),
-            esm=_as_script(esm),
+            esm=_as_script(str(self._esm)),
             state=_as_script(self.static_state()),
         )
 

@@ -1,4 +1,6 @@
 // Rows are requests, columns are engine steps. Letters double every colour.
+import { element, keepKeys, shape } from "./dom.js";
+
 const KINDS = {
   prefill: { color: "var(--oi-orange)", letter: "P", name: "prefill chunk" },
   decode: { color: "var(--oi-blue)", letter: "", name: "decode, one token" },
@@ -9,19 +11,6 @@ const KINDS = {
 const CELL = 14;
 const LABEL = 120;
 
-const element = (tag, attributes = {}, ...children) => {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-};
-const svg = (tag, attributes, text = "") => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text) node.textContent = text;
-  return node;
-};
-
 function kindOf(cell) {
   if (cell.kind === "prefill") return "prefill";
   if (!cell.drafted) return "decode";
@@ -30,19 +19,19 @@ function kindOf(cell) {
 
 function draw(run, step) {
   const columns = run.frames.length;
-  const picture = svg("svg", {
+  const picture = shape("svg", {
     width: LABEL + columns * CELL + 4, height: run.labels.length * CELL + 4, role: "img",
     "aria-label": `${run.name}: ${run.labels.length} requests over ${columns} steps, shown up to step ${step + 1}`,
   });
-  run.labels.forEach((label, row) => picture.append(svg("text", {
+  run.labels.forEach((label, row) => picture.append(shape("text", {
     x: LABEL - 6, y: row * CELL + 11, "text-anchor": "end", "font-size": 10, fill: "var(--oi-muted)",
   }, label)));
   const put = (row, column, kind, title) => {
     const { color, letter } = KINDS[kind];
-    const box = svg("rect", { x: LABEL + column * CELL, y: row * CELL + 1, width: CELL - 1, height: CELL - 2, rx: 2, fill: color });
-    box.append(svg("title", {}, title));
+    const box = shape("rect", { x: LABEL + column * CELL, y: row * CELL + 1, width: CELL - 1, height: CELL - 2, rx: 2, fill: color });
+    box.append(shape("title", {}, title));
     picture.append(box);
-    if (letter) picture.append(svg("text", {
+    if (letter) picture.append(shape("text", {
       x: LABEL + column * CELL + 6.5, y: row * CELL + 11, "text-anchor": "middle", "font-size": 9, fill: "#000", "pointer-events": "none",
     }, letter));
   };
@@ -53,7 +42,7 @@ function draw(run, step) {
     }
     for (const row of frame.preempted) put(row, column, "preempted", `step ${column + 1}, ${run.labels[row]}: preempted`);
   });
-  if (step < columns) picture.append(svg("rect", {
+  if (step < columns) picture.append(shape("rect", {
     x: LABEL + step * CELL - 0.5, y: 0.5, width: CELL, height: run.labels.length * CELL + 1, fill: "none", stroke: "var(--oi-fg)", "stroke-width": 1,
   }));
   return picture;
@@ -68,8 +57,7 @@ function facts(run, step) {
 }
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const runs = model.get("runs");
   const last = Math.max(...runs.map((run) => run.frames.length)) - 1;
   const root = element("div", { class: "oi" });

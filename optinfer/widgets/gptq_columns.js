@@ -1,26 +1,10 @@
 // GPTQ, one column per step: a matrix of weights coloured by how far each has moved, and the output's error below.
-
-const SVG = "http://www.w3.org/2000/svg";
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
-
-function shape(tag, attributes, text) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
+import { element, keepKeys, shape } from "./dom.js";
 
 const digits = (x) => x.toLocaleString("en-US", { maximumSignificantDigits: 3 });
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const frames = model.get("frames");
   const original = model.get("original");
   const rows = original.length, columns = original[0].length;

@@ -1,4 +1,6 @@
 // The same count as optinfer/memory.py; a test holds the two equal.
+import { element, keepKeys } from "./dom.js";
+
 function plan(shape, { weight_bits, kv_bits, context, requests, prefill_chunk = 2048 }) {
   const weights = (shape.linear * weight_bits) / 8 + shape.other * 2;
   const kept = (group) => (group.window === null ? context : Math.min(context, group.window));
@@ -30,16 +32,8 @@ function gigabytes(bytes) {
   return gb >= 100 ? gb.toFixed(0) : gb >= 1 ? gb.toFixed(1) : gb.toFixed(2);
 }
 
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const set = (name, value) => { model.set(name, value); model.save_changes(); };
 
   function choice(label, trait, options) {

@@ -1,9 +1,4 @@
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, keepKeys } from "./dom.js";
 
 const binary = (n, width) => n.toString(2).padStart(width, "0");
 
@@ -110,8 +105,7 @@ function errorCell(error, drawn = true) {
 }
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   let typed = null; // a number that replaces the picked weight
 
   const number = element("input", { type: "number", step: "any", class: "oi-nf-typed oi-mono", "aria-label": "The number" });

@@ -8,6 +8,7 @@ import traitlets
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
 from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
+from optinfer.widgets.modules import inlined
 
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
@@ -31,7 +32,7 @@ class NumberFormats(StaticWidget):
         formats: what the script needs to know about each format.
     """
 
-    _esm = Path(__file__).with_suffix(".js")
+    _esm = inlined(Path(__file__).with_suffix(".js"))
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     blocks = traitlets.List([EXAMPLE]).tag(sync=True)
@@ -62,7 +63,7 @@ class NumberFormats(StaticWidget):
     @classmethod
     def of_model(cls, model: Any, group_size: int = 64, count: int = 4) -> "NumberFormats":
         """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
-        from optinfer.quantization.model import linear_layers
+        from optinfer.quantization.layers import linear_layers
 
         layers = list(linear_layers(model).items())
         chosen = [layers[i * (len(layers) - 1) // max(1, count - 1)] for i in range(count)]

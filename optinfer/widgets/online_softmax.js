@@ -1,16 +1,10 @@
 // Plays a trace that Python computed: nothing here knows how softmax works, it only shows what happened.
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, keepKeys } from "./dom.js";
 
 const number = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits).replace(/^-(0[.0]*)$/, "$1") : x > 0 ? "inf" : "-inf");
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const scores = model.get("scores");
   const frames = model.get("frames");
   const exact = model.get("exact");

@@ -8,6 +8,7 @@ import traitlets
 
 from optinfer.attention import TileStep, attention_reference, online_softmax_attention
 from optinfer.widgets.base import StaticWidget
+from optinfer.widgets.modules import inlined
 
 
 class OnlineSoftmax(StaticWidget):
@@ -20,7 +21,7 @@ class OnlineSoftmax(StaticWidget):
         step: tiles taken in so far.
     """
 
-    _esm = Path(__file__).with_suffix(".js")
+    _esm = inlined(Path(__file__).with_suffix(".js"))
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     scores = traitlets.List().tag(sync=True)

@@ -1,4 +1,6 @@
 // The same enumeration as optinfer/speculative/rejection.py: accept min(p, q), else draw from max(0, p - q).
+import { element, keepKeys } from "./dom.js";
+
 function law(target, draft) {
   const normalize = (w) => { const sum = w.reduce((a, b) => a + b, 0) || 1; return w.map((x) => x / sum); };
   const p = normalize(target), q = normalize(draft);
@@ -10,16 +12,8 @@ function law(target, draft) {
   return { p, q, accepted, accept, redrawn };
 }
 
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const tokens = model.get("tokens");
   const verdict = element("div", { class: "oi-row", "aria-live": "polite" });
   const sliders = [], rows = [];

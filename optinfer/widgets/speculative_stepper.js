@@ -1,14 +1,9 @@
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, keepKeys } from "./dom.js";
+
 const visible = (text) => text.replaceAll("\n", "⏎");
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const rounds = model.get("rounds");
   const token = (text, cls, mark) => element("span", { class: `tok ${cls}`, title: mark }, visible(text));
   const text = element("div", { class: "oi-panel text" }), draft = element("div", { class: "oi-panel" });

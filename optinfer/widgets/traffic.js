@@ -1,5 +1,5 @@
 // Every pair of rate and budget was rehearsed by optinfer/widgets/traffic.py; here one is chosen and drawn.
-const SVG = "http://www.w3.org/2000/svg";
+import { element, keepKeys, shape } from "./dom.js";
 
 function seconds(value) {
   if (value === null || Number.isNaN(value)) return "–";
@@ -18,16 +18,8 @@ function columns(run, width, height) {
   }) };
 }
 
-function element(tag, attributes = {}, ...children) {
-  const node = ["svg", "rect", "text"].includes(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const rates = model.get("rates"), budgets = model.get("budgets"), promise = model.get("promise");
 
   function slider(label, trait, values, say) {
@@ -49,7 +41,7 @@ function render({ model, el }) {
   const heads = ["", "half", "90 %", "99 %", "promised"].map((text) => element("th", { scope: "col" }, text));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body);
   const verdict = element("div", { class: "oi-row", "aria-live": "polite" });
-  const picture = element("svg", { viewBox: "0 0 640 150", role: "img" });
+  const picture = shape("svg", { viewBox: "0 0 640 150", role: "img" });
   const legend = element("div", { class: "oi-row oi-muted" },
     element("span", {}, element("span", { class: "sw running" }), "requests that run"),
     element("span", {}, element("span", { class: "sw waiting" }), "requests that wait"));
@@ -73,9 +65,9 @@ function render({ model, el }) {
     const { highest, rectangles } = columns(run, 640, 120);
     picture.setAttribute("aria-label", `Up to ${highest} requests at once, up to ${Math.max(...run.waiting)} of them waiting, over ${seconds(run.seconds)}`);
     picture.replaceChildren(
-      ...rectangles.map(({ kind, count, x, y, width, height }) => element("rect", { class: kind, "data-count": count, x, y: y + 14, width, height })),
-      element("text", { x: 2, y: 10 }, `${highest} requests`), element("text", { x: 2, y: 148 }, "0 s"),
-      element("text", { x: 638, y: 148, "text-anchor": "end" }, seconds(run.seconds)));
+      ...rectangles.map(({ kind, count, x, y, width, height }) => shape("rect", { class: kind, "data-count": count, x, y: y + 14, width, height })),
+      shape("text", { x: 2, y: 10 }, `${highest} requests`), shape("text", { x: 2, y: 148 }, "0 s"),
+      shape("text", { x: 638, y: 148, "text-anchor": "end" }, seconds(run.seconds)));
   }
   ["rate", "budget"].forEach((trait) => model.on(`change:${trait}`, draw));
   draw();

@@ -133,3 +133,27 @@ except ImportError as error:
     assert "torch.Size([1, 2, 8, 16]) sdpa" in done.stdout
     assert "TritonMissing" in done.stdout and "backend='reference', 'online' or 'sdpa'" in done.stdout
     assert issubclass(TritonMissing, ImportError)
+
+
+def test_who_lent_scratch_memory_lends_again():
+    """Triton's own `set_allocator` is seen through, and what it held before stands again after the kernel, or after an error."""
+    import triton
+    from triton.runtime import _allocation
+
+    from optinfer_kernels.scratch import scratch_memory
+
+    def mine(size, alignment, stream):
+        raise AssertionError("nothing is asked for here")
+
+    before = _allocation._allocator.get()
+    triton.set_allocator(mine)
+    try:
+        with scratch_memory(torch.device("cpu")):
+            assert _allocation._allocator.get() is mine
+        with pytest.raises(RuntimeError, match="launch"), scratch_memory(torch.device("cuda")):
+            lent = _allocation._allocator.get()
+            assert lent is not mine
+            raise RuntimeError("launch")
+        assert _allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(before)

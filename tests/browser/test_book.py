@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -15,7 +16,7 @@ def names(book: Path) -> list[str]:
     ]
 
 
-def new_page(chromium: Browser, home: str, **options: object) -> tuple[Page, object]:
+def new_page(chromium: Browser, home: str, **options: object) -> tuple[Page, Any]:
     from browser import Complaints
 
     complaints = Complaints(home)
@@ -24,7 +25,7 @@ def new_page(chromium: Browser, home: str, **options: object) -> tuple[Page, obj
 
 
 @pytest.fixture
-def page(chromium: Browser, site: str) -> Iterator[tuple[Page, object]]:
+def page(chromium: Browser, site: str) -> Iterator[tuple[Page, Any]]:
     page, complaints = new_page(chromium, site, viewport={"width": 1280, "height": 900})
     yield page, complaints
     page.context.close()
@@ -43,7 +44,7 @@ def settle(page: Page) -> None:
     )
 
 
-def test_every_page_is_clean(page: tuple[Page, object], book: Path, site: str) -> None:
+def test_every_page_is_clean(page: tuple[Page, Any], book: Path, site: str) -> None:
     """No error in the console, no failed and no outside request; mathematics drawn, widgets alive, every image there."""
     tab, complaints = page
     found: dict[str, list[str]] = {}
@@ -66,7 +67,7 @@ def test_every_page_is_clean(page: tuple[Page, object], book: Path, site: str) -
     assert not found, report(found)
 
 
-def test_the_watch_sees_errors(page: tuple[Page, object], site: str) -> None:
+def test_the_watch_sees_errors(page: tuple[Page, Any], site: str) -> None:
     tab, complaints = page
     tab.goto(site + "search.html")
     complaints.take()
@@ -78,7 +79,7 @@ def test_the_watch_sees_errors(page: tuple[Page, object], site: str) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_barriers(page: tuple[Page, object], book: Path, site: str, axe: str, theme: str) -> None:
+def test_no_barriers(page: tuple[Page, Any], book: Path, site: str, axe: str, theme: str) -> None:
     """axe finds nothing serious or critical, contrast included."""
     tab, _ = page
     tab.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
@@ -103,7 +104,7 @@ def serious_findings(tab: Page, axe: str) -> list[str]:
     ]
 
 
-def test_axe_sees_a_barrier(page: tuple[Page, object], site: str, axe: str) -> None:
+def test_axe_sees_a_barrier(page: tuple[Page, Any], site: str, axe: str) -> None:
     tab, _ = page
     tab.set_content(
         "<html lang=en><title>t</title><main><h1>x</h1><img src='data:,'><p style='color:#eee'>pale</p></main></html>"
@@ -141,7 +142,7 @@ def test_paper(chromium: Browser, site: str, tmp_path: Path) -> None:
     tab.context.close()
 
 
-def test_widgets_answer(page: tuple[Page, object], book: Path, site: str) -> None:
+def test_widgets_answer(page: tuple[Page, Any], book: Path, site: str) -> None:
     """Each widget changes when its controls are used, by mouse and by keyboard, and none of them raises an error."""
     tab, complaints = page
     seen: set[str] = set()
@@ -207,14 +208,14 @@ def test_without_scripts(chromium: Browser, site: str) -> None:
     tab.context.close()
 
 
-def test_search(page: tuple[Page, object], site: str) -> None:
+def test_search(page: tuple[Page, Any], site: str) -> None:
     tab, complaints = page
     tab.goto(site + "search.html?q=roofline")
     tab.locator("#search-results li a").first.wait_for(timeout=20_000)
     assert tab.locator("#search-results li").count() >= 2 and complaints.take() == []
 
 
-def test_buttons_lead_to_the_release_and_the_master(page: tuple[Page, object], site: str) -> None:
+def test_buttons_lead_to_the_release_and_the_master(page: tuple[Page, Any], site: str) -> None:
     from build_notebooks import REPOSITORY, TAG
 
     tab, _ = page

@@ -153,7 +153,7 @@ PACKAGE = {
     "attention.grouped_heads": lambda q, k, v: optinfer.attention.flash_attention(q[None], k[None], v[None])[0],
     "attention.tiled": lambda q, k, v, block: optinfer.attention.flash_attention(
         q[None, None], k[None, None], v[None, None], causal=True
-    )[0, 0],
+    ).flatten(0, 2),
     "attention.in_the_model": lambda q, k, v, scale: optinfer.attention.flash_attention(
         q, k, v, causal=True, scale=scale
     ),

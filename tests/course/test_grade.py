@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 
+from optinfer.commands import grade as command
 from optinfer.course import exercises, grade
 
 RIGHT = (
@@ -23,8 +24,8 @@ def notebook(path, *cells):
 
 def run(*arguments):
     parser = argparse.ArgumentParser()
-    grade.add_arguments(parser)
-    return grade.grade_command(parser.parse_args([str(a) for a in arguments]))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(a) for a in arguments]))
 
 
 def test_a_solved_and_an_unsolved_exercise_make_a_partial_score(tmp_path, capsys):

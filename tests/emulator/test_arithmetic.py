@@ -11,10 +11,10 @@ from optinfer_kernels.emulator.formats import bf16_to_f32, f32_to_bf16
 
 from .ptx_text import compute
 
-words = st.lists(
+lists = st.lists(
     st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1]), min_size=32, max_size=32
 )
-words = words.map(lambda x: np.array(x, np.uint32))
+words = lists.map(lambda x: np.array(x, np.uint32))
 quick = settings(max_examples=15, deadline=None)
 MASK = 2**32 - 1
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 from optinfer.cli import main
-from optinfer.profile import KERNELS
+from optinfer.commands.profile import KERNELS
 
 pytestmark = [
     pytest.mark.compile,

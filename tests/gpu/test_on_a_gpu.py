@@ -87,7 +87,7 @@ def test_compute_sanitizer(tool, tmp_path):
 def test_notebooks_execute(path, tmp_path):
     pytest.importorskip("nbclient")
     done = subprocess.run(
-        [sys.executable, "-m", "optinfer.course.execute", str(ROOT / path)],
+        [sys.executable, "-m", "optinfer.execute", str(ROOT / path)],
         capture_output=True,
         text=True,
         cwd=tmp_path,

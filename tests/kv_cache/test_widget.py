@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import pytest
 from optinfer.kv_cache import BlockManager, DuplicateSequence, OutOfBlocks, UnknownSequence, replay
 from optinfer.widgets import kv_memory
 from optinfer.widgets.kv_memory import KVMemory, demo_manager, replay_records
+from optinfer.widgets.modules import inlined
+from tests.javascript import NODE, needs_node
 
-JS = Path(kv_memory.__file__).with_suffix(".js")
-NODE = shutil.which("node")
-needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
+JS = inlined(Path(kv_memory.__file__).with_suffix(".js"))  # what readers get
 
 RUN = """
 import { readFileSync } from "node:fs";
@@ -56,7 +55,7 @@ def run_node(script, data, *args):
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
     path = tmp_path_factory.mktemp("js") / "kv_memory.mjs"
-    path.write_text(JS.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(JS, encoding="utf-8")
     return path
 
 
@@ -128,15 +127,14 @@ def test_a_broken_port_would_be_noticed(module, tmp_path):
     rng = random.Random(0)
     traces = [random_trace(rng) for _ in range(300)]
     expected = json.loads(json.dumps([run_python(trace) for trace in traces]))
-    source = JS.read_text(encoding="utf-8")
     for old, new in [
         ("(tokens.length - 1) / size", "tokens.length / size"),
         ("this.freeQueue.unshift(...unhashed)", "this.freeQueue.push(...unhashed)"),
         ("this.hashes[block] = null;\n    const others", "const others"),
     ]:
-        assert old in source
+        assert old in JS
         broken = tmp_path / "broken.mjs"
-        broken.write_text(source.replace(old, new), encoding="utf-8")
+        broken.write_text(JS.replace(old, new), encoding="utf-8")
         with contextlib.suppress(subprocess.CalledProcessError):
             assert run_node(RUN, traces, str(broken)) != expected
 

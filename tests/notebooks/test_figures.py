@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from optinfer.course.execute import execute
+from optinfer.execute import execute
 
 CELLS = [
     "from optinfer import plots",

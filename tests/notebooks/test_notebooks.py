@@ -52,7 +52,7 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_is_seen_and_not_kept(tmp_path: Path, own_store: None) -> None:
-    from optinfer.course.execute import NotebookError
+    from optinfer.execute import NotebookError
 
     path = small(tmp_path, "1 / 0")
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_an_error_is_seen_and_not_kept(tmp_path: Path, own_store: None) -> None:
 
 
 def test_each_notebook_is_executed_once(tmp_path: Path, own_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import optinfer.course.execute as runner
+    import optinfer.execute as runner
 
     path = small(tmp_path, "import os", "print(6 * 7)")
     assert notebook_cache.cached(path) is None

@@ -11,13 +11,13 @@ from torch import nn
 from optinfer import hardware
 from optinfer.bench.calibrated_quantization import isolated
 from optinfer.quantization.formats.grid import quantize_linear
+from optinfer.quantization.layers import linear_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.awq import ALPHAS, awq, clip_weight, fold, gain_offset, scale_layer, scaling_groups
 from optinfer.quantization.methods.calibrate import CalibrationError, add_gram, calibrate, decoder_layers
 from optinfer.quantization.methods.gptq import gptq, output_error
 from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.methods.smoothquant import smoothquant
-from optinfer.quantization.model import linear_layers
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

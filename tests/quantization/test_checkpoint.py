@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from optinfer.quantization import quantize
 from optinfer.quantization.checkpoints import save
 from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.ladder import dequantize
-from optinfer.quantization.model import replace_module
 
 
 def small_model(dtype=torch.float32, tied=True, **options):
@@ -137,7 +138,7 @@ def test_same_file_as_compressed_tensors_own_compressor(tmp_path, symmetric):
     scheme = QuantizationScheme(**config["config_groups"]["group_0"])
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            q = module.quantized
+            q: Any = module.quantized
             state = {"weight": q.dequantize(), "weight_scale": q.scale}
             if not symmetric:
                 state["weight_zero_point"] = (q.zero_points().to(torch.int16) - 8).to(torch.int8)

@@ -82,6 +82,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_commands_that_need_no_torch_do_not_import_it():
     code = (
-        "import sys; from optinfer import cli; cli._parser(['--help']).format_help(); sys.exit('torch' in sys.modules)"
+        "import sys; from optinfer import cli; cli.parser(['--help']).format_help(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -289,7 +289,7 @@ def test_experts_computed_in_a_way_that_cannot_be_followed_are_refused():
 def test_gpt_oss_in_its_own_format(tmp_path):
     model = quantize(build("GptOssConfig").bfloat16(), "mxfp4", skip="self_attn", progress=False)
     save_checkpoint(model, tmp_path / "theirs", "mxfp4")
-    config = transformers.Mxfp4Config(dequantize=True)
+    config = transformers.Mxfp4Config(dequantize=True)  # type: ignore[attr-defined]
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "theirs", quantization_config=config, dtype=torch.bfloat16
     )

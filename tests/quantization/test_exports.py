@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from optinfer.quantization import QuantizedLinear, quantize, save_checkpoint
-from optinfer.quantization.model import replace_module
+from optinfer.quantization.layers import replace_module
 from tests.quantization.families import families
 from tests.serving.families import tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optinfer.quantization import QuantizedLinear, quantize
-from optinfer.quantization.model import replace_module
+from optinfer.quantization.layers import replace_module
 from tests.quantization.test_layers import IDS, build
 
 peft = pytest.importorskip("peft")

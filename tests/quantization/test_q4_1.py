@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -33,7 +34,7 @@ def test_codes_and_values_are_those_of_llama_cpp(rows: int, groups: int, seed: i
 
 def test_a_width_that_does_not_divide() -> None:
     weight = torch.randn(5, 77)
-    q = SCHEMES["q4_1"].quantize(weight)
+    q: Any = SCHEMES["q4_1"].quantize(weight)
     step = q.scale.float().repeat_interleave(32, 1)[:, :77]
     assert q.dequantize().shape == (5, 77)
     # Half a step, and what fp16 rounds off the scale (15 times) and the minimum.
@@ -51,13 +52,13 @@ def test_what_it_cannot_hold() -> None:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Path, object]:
+def shipped() -> tuple[Path, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = models.default_gguf(Path(folder))
         yield path, load_as_shipped(device="cpu", gguf=path)[0]
 
 
-def test_the_default_model_as_it_was_published(shipped: tuple[Path, object]) -> None:
+def test_the_default_model_as_it_was_published(shipped: tuple[Path, Any]) -> None:
     """Every layer restores exactly what the file stands for; rounded to bf16 it is the ordinary model's."""
     path, model = shipped
     plain, _ = optinfer.load_model(dtype=torch.bfloat16, device="cpu")
@@ -72,7 +73,7 @@ def test_the_default_model_as_it_was_published(shipped: tuple[Path, object]) -> 
     assert memory_footprint(model) < 0.5 * memory_footprint(plain)
 
 
-def test_it_is_served_and_saved(shipped: tuple[Path, object], tmp_path: Path) -> None:
+def test_it_is_served_and_saved(shipped: tuple[Path, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     _, model = shipped

@@ -70,10 +70,10 @@ def test_a_draft_head_sees_what_it_sees_in_generate(model, head):
     said = []
 
     class Listening(HeadDraft):
-        def propose(self, input_ids, num_tokens, sampler):
-            proposal = super().propose(input_ids, num_tokens, sampler)
-            said[-1].append(proposal.tokens.tolist())
-            return proposal
+        def _draft(self, input_ids, num_tokens, sampler):
+            drafted = super()._draft(input_ids, num_tokens, sampler)
+            said[-1].append(drafted[0].tolist())
+            return drafted
 
     said.append([])
     draft = Listening(head.head, min_confidence=0.0)

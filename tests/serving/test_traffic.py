@@ -150,4 +150,4 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="rate must be positive"):
         arrival_times(0, 5)
     with pytest.raises(ValueError, match="lowest < highest"):
-        knee(lambda rate: None, 2.0, 1.0)
+        knee(lambda rate: pytest.fail("nothing is measured"), 2.0, 1.0)

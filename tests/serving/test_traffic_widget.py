@@ -1,7 +1,6 @@
 """The widget of traffic: its numbers are the rehearsals', and its picture adds up in node."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +8,9 @@ import pytest
 
 from optinfer.serving import Arrival, Promise, Rehearsal, Service, StepCost, arrival_times, serve
 from optinfer.widgets import traffic
+from optinfer.widgets.modules import inlined
 from optinfer.widgets.traffic import TrafficExplorer
+from tests.javascript import NODE, needs_node
 
 RATES, BUDGETS, PROMISE = [1.0, 8.0, 64.0], [16, 128], Promise(ttft=0.3, tpot=0.05)
 
@@ -66,16 +67,16 @@ def test_page_and_summary(widget: TrafficExplorer) -> None:
     assert "</script>" not in widget.static_html().split("<script", 1)[1].rsplit("</script>", 1)[0]
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@needs_node
 def test_picture_adds_up(widget: TrafficExplorer, tmp_path: Path) -> None:
-    shutil.copy(Path(traffic.__file__).with_suffix(".js"), tmp_path / "traffic.mjs")
+    (tmp_path / "traffic.mjs").write_text(inlined(Path(traffic.__file__).with_suffix(".js")), encoding="utf-8")
     run = widget.runs[0][2]
     program = tmp_path / "program.mjs"
     program.write_text(
         'import widget from "./traffic.mjs";\n'
         f"console.log(JSON.stringify([widget.columns({json.dumps(run)}, 640, 120), [0.0042, 0.25, 2].map(widget.seconds)]));\n"
     )
-    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run([NODE, str(program)], capture_output=True, text=True, timeout=600, check=True)
     drawn, said = json.loads(done.stdout)
     assert said == ["4.20 ms", "250 ms", "2.0 s"]
     for kind in ("waiting", "running"):

@@ -74,7 +74,7 @@ def test_notebook(colab: Path, path: Path, tmp_path: Path) -> None:
     shutil.copy(path, tmp_path)
     where = run(colab, "-c", "import optinfer; print(optinfer.__file__)", cwd=tmp_path)
     assert "site-packages" in where
-    run(colab, "-m", "optinfer.course.execute", path.name, cwd=tmp_path)
+    run(colab, "-m", "optinfer.execute", path.name, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("folder", "fraction"), [("solutions", 1.0), ("exercises", 0.0)])

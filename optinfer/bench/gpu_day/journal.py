@@ -10,6 +10,7 @@ from typing import Any
 from optinfer import results
 from optinfer.bench.gpu_day import tiles
 from optinfer.bench.gpu_day.steps import STEPS, Step
+from optinfer.folders import write_whole
 
 LOG_BYTES = 1 << 20  # of all steps together; the oldest lines go first
 FINAL = ("done", "failed", "out of time", "not here")  # a second run does not repeat these
@@ -76,14 +77,14 @@ class Journal:
     def _log(self, step: Step, output: str) -> None:
         path = self.folder / "log.txt"
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-        results.write_whole(path, f"{before}\n==== {step.name}\n{output[-(LOG_BYTES // 8) :]}"[-LOG_BYTES:])
+        write_whole(path, f"{before}\n==== {step.name}\n{output[-(LOG_BYTES // 8) :]}"[-LOG_BYTES:])
 
     def write(self) -> None:
         for name, content in (("day.json", self.steps), ("recordings.json", self.recordings)):
-            results.write_whole(self.folder / name, json.dumps(content, indent=1) + "\n")
-        results.write_whole(self.folder / "summary.md", self.summary())
+            write_whole(self.folder / name, json.dumps(content, indent=1) + "\n")
+        write_whole(self.folder / "summary.md", self.summary())
         if patch := self.patch():
-            results.write_whole(self.folder / "tiles.patch", patch)
+            write_whole(self.folder / "tiles.patch", patch)
 
     def summary(self) -> str:
         """Every step with its outcome; then what failed, with the command that repeats it."""
@@ -119,7 +120,7 @@ class Journal:
                 rows = [{k: v for k, v in row.items() if k != "step"} for row in record["rows"]]
                 order = ("suite", "device", "provenance")
                 content = {key: record[key] for key in order} | {"rows": rows}
-                results.write_whole(folder / name, json.dumps(content, indent=1) + "\n")
+                write_whole(folder / name, json.dumps(content, indent=1) + "\n")
                 written.append(folder / name)
         return written
 

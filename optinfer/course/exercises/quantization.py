@@ -281,6 +281,11 @@ byte = first * 16 + second
             ("codes = torch.cat([codes, codes.new_zeros(1)])", "codes = codes[:-1]"),
         ),
         Wrong(
+            "filled at the front",
+            "The filling belongs behind the last code: in front of the first, every code slips by half a byte.",
+            ("[codes, codes.new_zeros(1)]", "[codes.new_zeros(1), codes]"),
+        ),
+        Wrong(
             "shifting by the wrong amount",
             "Four bits are half a byte: shift by 4. Shifting by 8 pushes the code out of a uint8.",
             ("<< 4", "<< 8"),
@@ -819,7 +824,7 @@ def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, gr
     from optinfer.course.exercises.real_model import default_model, greedy
     from optinfer.quantization import QuantizedLinear
     from optinfer.quantization.formats.codebook import CodebookTensor
-    from optinfer.quantization.model import linear_layers, replace_module
+    from optinfer.quantization.layers import linear_layers, replace_module
 
     model, tokenizer = default_model("bfloat16")
     replaced, size = [], 0

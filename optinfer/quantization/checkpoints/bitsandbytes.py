@@ -17,8 +17,8 @@ from optinfer.quantization.checks import CheckpointError
 from optinfer.quantization.formats.codebook import CodebookTensor
 from optinfer.quantization.formats.llm_int8 import Int8Rows
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import replace_module
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.schemes import Scheme
 

@@ -11,8 +11,9 @@ import torch
 
 from optinfer import models
 from optinfer.quantization.formats.q4_1 import Q41Tensor
+from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.model import mark_quantized, replace_module
+from optinfer.quantization.model import mark_quantized
 from optinfer.quantization.schemes import SCHEMES
 
 __all__ = ["load_as_shipped"]

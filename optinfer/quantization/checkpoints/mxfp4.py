@@ -15,9 +15,9 @@ from optinfer.quantization.experts import QuantizedExperts
 from optinfer.quantization.formats.small_floats import file_order
 from optinfer.quantization.schemes import SCHEMES
 
-__all__ = ["convert"]
+__all__ = ["FORMAT", "convert"]
 
-SCHEME = SCHEMES["mxfp4"]  # the one that these files hold
+FORMAT = "mxfp4"
 
 
 def convert(
@@ -35,7 +35,7 @@ def convert(
     tensors = {}
     for name, one in experts.items():
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        if owner != "GptOssExperts" or one.scheme != SCHEME or one.in_features % 32:
+        if owner != "GptOssExperts" or one.scheme != SCHEMES[FORMAT] or one.in_features % 32:
             raise CheckpointError(
                 f"{name} ({one.scheme.name}, {one.in_features} inputs, of {owner}): mxfp4 files hold GPT-OSS's experts, "
                 "quantized to mxfp4, in whole blocks of 32 inputs"
@@ -43,4 +43,4 @@ def convert(
         codes, scales = (one.get_parameter(key).data for key in ("weight", "weight_scale"))
         tensors[f"{name}_blocks"] = file_order(codes).unflatten(-1, (-1, 16))
         tensors[f"{name}_scales"] = scales
-    return tensors, {"quant_method": "mxfp4", "modules_to_not_convert": plain}
+    return tensors, {"quant_method": FORMAT, "modules_to_not_convert": plain}

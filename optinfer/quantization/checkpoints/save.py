@@ -27,8 +27,7 @@ __all__ = ["FORMATS", "CheckpointError", "save_bitsandbytes", "save_checkpoint"]
 
 LAYOUTS_OF_DECODERS = {"gptq": gptq.convert, "awq": awq.convert}  # in float16, for layers inside the decoder's
 LAYOUTS = {"compressed-tensors": compressed_tensors.convert, **LAYOUTS_OF_DECODERS}
-LAYOUTS_OF_EXPERTS = {"mxfp4": mxfp4.convert}
-FORMATS = (*LAYOUTS, "bitsandbytes", *LAYOUTS_OF_EXPERTS)
+FORMATS = (*LAYOUTS, "bitsandbytes", mxfp4.FORMAT)
 
 
 def save_bitsandbytes(model: Any, path: str | os.PathLike[str]) -> Path:
@@ -75,14 +74,14 @@ def save_checkpoint(
     experts = dict(quantized_experts(model))
     if not layers and not experts:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
-    if format not in LAYOUTS_OF_EXPERTS:
+    if format != mxfp4.FORMAT:
         refuse_experts(model, format)
         _check_readers_layers(model, layers, format)
     plain = unquantized_layers(model)
     weights = {name: layer.quantized for name, layer in layers.items()}
     dtype = torch.float16 if format in LAYOUTS_OF_DECODERS else None
-    if format in LAYOUTS_OF_EXPERTS:
-        tensors, config = LAYOUTS_OF_EXPERTS[format](model, list(layers), experts, plain)
+    if format == mxfp4.FORMAT:
+        tensors, config = mxfp4.convert(model, list(layers), experts, plain)
     elif format == "bitsandbytes":
         tensors, config = bitsandbytes.convert(layers, plain)
     elif any(isinstance(q, BlockFloats) for q in weights.values()):

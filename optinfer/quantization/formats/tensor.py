@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -93,6 +93,10 @@ class NestedScale:
     offset: Tensor  # float32 []
 
     BLOCK = 256
+
+    def to(self, device: torch.device | str) -> NestedScale:
+        """A copy on `device`."""
+        return NestedScale(self.codes.to(device), self.absmax.to(device), self.offset.to(device))
 
     def restore(self) -> Tensor:
         """The absmax values, float32 ``[blocks]``."""
@@ -246,10 +250,8 @@ class QuantizedTensor:
     # ---- moving it
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """A copy on `device`."""
-        from optinfer.quantization.schemes import Scheme
-
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return self.assemble(Scheme.of(self), moved, self.shape, self.dtype)  # type: ignore[arg-type]
+        stored = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, NestedScale))}
+        return replace(self, **{name: value.to(device) for name, value in stored.items()})  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return (

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from optinfer.quantization.experts import QuantizedExperts, expert_stacks, put_experts, separate_experts, transposed
 from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.layers import select_layers
+from optinfer.quantization.layers import replace_module, select_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.grid import Grid
-from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized, replace_module
+from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized
 from optinfer.quantization.schemes import Scheme
 
 __all__ = ["Calibration", "CalibrationError", "CalibrationLayer", "InputStatistics", "calibrate"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from optinfer.quantization.layers import restore
 from optinfer.quantization.methods.awq import awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
-from optinfer.quantization.model import quantize, restore
+from optinfer.quantization.model import quantize
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 

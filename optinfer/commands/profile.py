@@ -74,7 +74,8 @@ KERNELS: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
-def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``optinfer profile``."""
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="which GPU to compile for (default: h100)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
@@ -103,16 +104,21 @@ def profile(sizes: argparse.Namespace) -> "Gpu":
     return gpu
 
 
-def profile_command(sizes: argparse.Namespace) -> int:
+def run(sizes: argparse.Namespace) -> int:
+    """Print the counts and findings; 1 if there are findings.
+
+    Raises:
+        ValueError: the kernel does not run on such a GPU, or the emulator does not know an instruction.
+    """
     from optinfer_kernels.emulator import Deadlock, Unsupported
 
     try:
         gpu = profile(sizes)
     except (Deadlock, Unsupported, RuntimeError) as error:
         raise ValueError(str(error)) from error
-    for run in gpu.runs:
-        print(run.report())
-        print(run.by_line(f"{sizes.kernel}.py", sizes.lines))
+    for launched in gpu.runs:
+        print(launched.report())
+        print(launched.by_line(f"{sizes.kernel}.py", sizes.lines))
         print()
     print(gpu.findings)
     print("These are counts of what the compiled kernel does. How long it takes, only a GPU can tell.")

@@ -1,6 +1,6 @@
 """Run a notebook from top to bottom in a fresh kernel, as a reader's "run all" would.
 
-python -m optinfer.course.execute notebooks/01_quantization.ipynb
+python -m optinfer.execute notebooks/01_quantization.ipynb
 """
 
 import os
