@@ -56,9 +56,7 @@ class KernelProfile(StaticWidget):
         Raises ValueError: no instruction of the run comes from this file.
         """
         path = Path(source)
-        counted = {
-            int(row.place.rpartition(":")[2]): row for row in run.lines(path.name) if _stands_in(row.place, path.name)
-        }
+        counted = {int(row.place.rpartition(":")[2]): row for row in run.lines(path.name) if _stands_in(row.place, path.name)}
         if not counted:
             raise ValueError(f"source must be the file of the kernel {run.name}; no instruction comes from {path}")
         lines = []
