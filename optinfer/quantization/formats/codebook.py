@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight
-from optinfer.quantization.checks import check_choice, check_group_size, check_weight, refuse_options
+from optinfer.quantization.checks import check_choice, check_weight, refuse_options
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, Stored, unpack_bits
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
 from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
@@ -28,10 +28,14 @@ __all__ = ["CodebookTensor", "dequantize_4bit", "quantize_4bit"]
 # Quantize this many weights at a time: temporaries stay small, and threads have enough to do between two barriers.
 # A multiple of every block size.
 CHUNK = 1 << 18
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in bitsandbytes
 
 
 class CodebookTensor(QuantizedTensor):
-    """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor."""
+    """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor.
+
+    `packed` is uint8 ``[(out * in + 1) // 2, 1]``, `scale` the blocks' absmax, float32 ``[blocks]``, or a `NestedScale`.
+    """
 
     SCALE = "absmax"
 
@@ -40,7 +44,7 @@ class CodebookTensor(QuantizedTensor):
         refuse_options(scheme, options, "double_quant")
         if group_size is None:
             group_size = scheme.group_size
-        check_group_size(group_size)  # type: ignore[arg-type]
+        check_choice(group_size, GROUP_SIZES, "group_size")
         return replace(scheme, group_size=int(group_size), double_quant=options["double_quant"])
 
     @classmethod
@@ -150,7 +154,7 @@ def quantize_4bit(
         ValueError: empty, NaN or Inf inside; unknown `quant_type` or `group_size`.
     """
     check_choice(quant_type, tuple(CODEBOOKS), "quant_type")
-    check_group_size(group_size)
+    check_choice(group_size, GROUP_SIZES, "group_size")
     check_weight(weight, ndim=None)
 
     flat = weight.detach().reshape(-1)

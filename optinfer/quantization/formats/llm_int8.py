@@ -37,9 +37,10 @@ class Int8Activations:
 
 
 class Int8Rows(QuantizedTensor):
-    """llm_int8: ``value = code * absmax / 127``, an absmax per row."""
+    """llm_int8: ``value = code * absmax / 127``, an absmax per row: `packed` int8 ``[out, in]``, `scale` float32 ``[out]``."""
 
     SCALE = "absmax"
+    LOOKS_AT_INPUTS = True
 
     @classmethod
     def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:

@@ -1,14 +1,7 @@
 """What all formats share: packed codes, their scales, and how to get real numbers back.
 
-Two families of formats, beside LLM.int8() and small floats:
-
-* *linear* codes (``int2`` … ``int8``): ``value = (code - zero_point) * scale``, one scale per group of
-  consecutive weights of a row, per row ("channel"), or for the whole tensor ("tensor");
-* *codebook* codes (``nf4``, ``fp4``): ``value = codebook[code] * absmax``, one absmax per block of
-  consecutive weights of the flattened tensor, the layout of bitsandbytes.
-
-Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest
-bits of the first byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
+Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest bits of the first
+byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
 """
 
 from __future__ import annotations
@@ -117,23 +110,19 @@ class QuantizedTensor:
     """A matrix ``[out, in]`` stored in few bits, with everything needed to restore it. Each format is a subclass.
 
     Attributes:
-        packed: the codes. Linear: uint8 ``[out, ceil(in * bits / 8)]`` (signed int8 ``[out, in]`` for
-            symmetric 8-bit). Codebook: uint8 ``[(out * in + 1) // 2, 1]``.
-        scale: linear: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]`` in the weight's dtype (``llm_int8``:
-            the rows' absmax, float32 ``[out]``). Codebook: float32 absmax ``[blocks]``, or a `NestedScale`.
-        shape: of the restored tensor.
-        dtype: of the restored tensor.
-        scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
+        packed: the codes, and `scale`: their scales, shaped as the format says.
+        shape, dtype: of the restored tensor.
+        scheme: a key of `SCHEMES`.
         bits: of one code.
-        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a row).
-        zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
-            codes have the fixed zero ``2 ** (bits - 1)``.
-        group_index: int32 ``[in]``, the group of each input column, where groups are not consecutive columns
-            (GPTQ's activation order); None otherwise.
+        group_size: weights that share a scale.
+        zero_point, group_index: see `GridTensor`.
     """
 
     SCALE: ClassVar[str] = "scale"  # what the stored scales are called
     OTHERS: ClassVar[tuple[str, ...]] = ()  # attributes that are stored, too, where they are not None
+    LOOKS_AT_INPUTS: ClassVar[bool] = (
+        False  # which work a product is depends on its input's values, as in no CUDA graph
+    )
 
     packed: Tensor
     scale: Tensor | NestedScale
