@@ -38,6 +38,8 @@ class Recorded:
         """One line for the reader: what they look at was recorded, where and when, and whether that is a chip like theirs."""
         p = self.provenance
         line = f"recorded on {self.chip}, {p['date'][:10]}, torch {p['versions'].get('torch', '?')}"
+        if self.likeness() == 1:
+            return f"{line}; a chip of the same name as the one here, perhaps not the same"
         return line if self.likeness() >= LIKE else f"{line}; not a chip like the one here"
 
     @property
@@ -155,6 +157,14 @@ def read(path: str | os.PathLike[str]) -> Recorded:
         raise ValueError(f"{path} is not a file of recorded results: {error}") from error
 
 
+def recordings() -> list[Recorded]:
+    """All of the course's recorded results, by chip and suite."""
+    from optinfer import data
+
+    found = map(read, (data.root() / "data" / "results").glob("*.json"))
+    return sorted(found, key=lambda r: (r.chip, r.suite))
+
+
 def load(suite: str, device: str | None = None) -> Recorded | None:
     """The course's recorded results of a suite; None when nobody has measured it.
 
@@ -164,7 +174,5 @@ def load(suite: str, device: str | None = None) -> Recorded | None:
         suite: the benchmark's name.
         device: part of a device's name such as ``"h200"``; any device when None.
     """
-    folder = data.root() / "data" / "results"
-    found = [read(path) for path in sorted(folder.glob(f"{suite}-*.json"))]
-    wanted = [r for r in found if r.suite == suite and (device is None or slug(device) in slug(r.device))]
+    wanted = [r for r in recordings() if r.suite == suite and (device is None or slug(device) in slug(r.device))]
     return max(wanted, key=lambda r: (r.likeness(), r.provenance["date"]), default=None)

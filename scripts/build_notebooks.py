@@ -2,7 +2,7 @@
 
 A master is one MyST Markdown file in notebooks/source/. From its front matter come the opening cell, the set-up line and
 Colab's metadata; cell ids are hashes of the cells, so that a rebuild changes only what changed. With --check nothing is
-written and the exit code is 1 if a committed notebook, or the README's map of the course, differs from its master.
+written and the exit code is 1 if a committed notebook, or a generated part of the README, differs from its source.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import glossary
 import jupytext
 import nbformat
 import yaml
+
+from optinfer import results
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "notebooks" / "source"
@@ -357,12 +359,36 @@ def course_map() -> str:
     return "\n".join([*rows, "", hours])
 
 
-def with_course_map(readme: str) -> str:
-    begin, end = "<!-- course map: made by scripts/build_notebooks.py -->", "<!-- end of course map -->"
+def machines(recordings: list[results.Recorded]) -> str:
+    """The README's table of who measured: one row per chip, from the recordings; and what nobody has measured yet."""
+    rows = ["| recorded on | suites | with | when |", "|---|---|---|---|"]
+    chips: dict[str, list[results.Recorded]] = {}
+    for recorded in recordings:
+        chips.setdefault(recorded.chip, []).append(recorded)
+    for chip, own in chips.items():
+        versions = {
+            f"{name} {r.provenance['versions'][name]}"
+            for r in own
+            for name in ("torch", "triton")
+            if name in r.provenance["versions"]
+        }
+        days = sorted(r.provenance["date"][:10] for r in own)
+        when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+        rows.append(
+            f"| {chip} | {', '.join(r.suite.replace('_', ' ') for r in own)} | {', '.join(sorted(versions))} | {when} |"
+        )
+    if not any(recorded.on_gpu for recorded in recordings):
+        rows += ["", "Nothing has been recorded on a GPU yet, so no figure of one is shown."]
+    return "\n".join(rows)
+
+
+def with_part(readme: str, name: str, content: str) -> str:
+    """The README with `content` between the markers of the generated part `name`."""
+    begin, end = f"<!-- {name}: made by scripts/build_notebooks.py -->", f"<!-- end of {name} -->"
     if begin not in readme or end not in readme:
-        raise SystemExit("README.md has lost the markers of the course map")
+        raise SystemExit(f"README.md has lost the markers of the {name}")
     before, rest = readme.split(begin, 1)
-    return f"{before}{begin}\n{course_map()}\n{end}{rest.split(end, 1)[1]}"
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def outputs() -> Iterator[tuple[Path, str]]:
@@ -375,7 +401,8 @@ def outputs() -> Iterator[tuple[Path, str]]:
             yield ROOT / "notebooks" / folder / f"{path.stem}.ipynb", nbformat.writes(notebook, indent=1) + "\n"
     yield ROOT / "notebooks" / "exercises" / "index.md", exercise_index()
     readme = ROOT / "README.md"
-    yield readme, with_course_map(readme.read_text(encoding="utf-8"))
+    text = with_part(readme.read_text(encoding="utf-8"), "course map", course_map())
+    yield readme, with_part(text, "recorded machines", machines(results.recordings()))
 
 
 def main() -> int:

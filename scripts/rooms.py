@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "doctor": "optinfer_kernels attention card cpu folders hardware models processor",
     "bench": "optinfer_kernels attention card cpu data doctor errors execute folders hardware kv_cache memory models"
     " noise plots quantization results serving speculative",
-    "widgets": "attention kv_cache memory quantization serving speculative",
+    "widgets": "optinfer_kernels attention kv_cache memory quantization serving speculative",
     "course": "optinfer_kernels card data errors folders hardware models plots processor quantization",
     "commands": "optinfer_kernels bench course data doctor folders hardware models quantization results",
     "cli": "errors optinfer",

@@ -98,6 +98,10 @@ def test_the_recording_of_the_most_alike_chip_is_loaded(tmp_path: Path, monkeypa
         recorded = results.load("speed")
         assert recorded is not None and recorded.rows == [{"seconds": seconds}]
         assert ("not a chip like" not in recorded.caption()) == alike
+    namesake = processor.Processor("AMD EPYC", "AuthenticAMD", "1", "1", ())
+    monkeypatch.setattr(results, "this_processor", lambda: namesake)
+    recorded = results.load("speed")
+    assert recorded is not None and "a chip of the same name as the one here, perhaps" in recorded.caption()
     stranger = processor.Processor("Another", "GenuineIntel", "6", "1", ())
     monkeypatch.setattr(results, "this_processor", lambda: stranger)
     recorded = results.load("speed")
@@ -286,3 +290,25 @@ def test_directives_become_portable_markdown() -> None:
         "<details><summary>First?</summary>\n\nYes.\n\n</details>\n\n"
         "<details><summary>Second?</summary>\n\nNo.\n\n</details>\n\n> **Note**\n>\n> A `b`.\n"
     )
+
+
+def test_the_table_of_machines_takes_a_new_recording_without_an_edit() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from build_notebooks import machines
+
+    from optinfer import results
+
+    def recorded(suite: str, capability: list[int] | None, date: str) -> results.Recorded:
+        facts = {"date": date, "versions": {"torch": "2.13.0"}, "capability": capability}
+        return results.Recorded(suite, "Some GPU" if capability else "Some CPU", facts, [{}])
+
+    cpu = recorded("paged_attention", None, "2026-11-24T12:00")
+    assert machines([cpu]).splitlines()[2:] == [
+        "| Some CPU | paged attention | torch 2.13.0 | 2026-11-24 |",
+        "",
+        "Nothing has been recorded on a GPU yet, so no figure of one is shown.",
+    ]
+    days = [recorded(suite, [9, 0], date) for suite, date in (("attention", "2026-12-02"), ("serving", "2026-12-01"))]
+    assert machines([cpu, *days]).splitlines()[3:] == [
+        "| Some GPU | attention, serving | torch 2.13.0 | 2026-12-01 to 2026-12-02 |"
+    ]

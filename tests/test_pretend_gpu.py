@@ -1,31 +1,45 @@
-"""Starts the tests of `tests/pretend_gpu` in processes that pretend to have a GPU: it cannot be undone within one."""
+"""Starts what must pretend to have a GPU in processes of its own: it cannot be undone within one."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from optinfer.bench.gpu_day.checks import small_copy
+from optinfer.course.execute import execute
+from tests.pretend_gpu import CARDS, environment
+
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for folder in ("", "solutions/") for p in ROOT.glob(f"notebooks/{folder}0*.ipynb"))
 
 
-@pytest.mark.parametrize("card", ["h100", "t4"])
+@pytest.mark.parametrize("card", CARDS)
 def test_as_on(card):
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tests.pretend_gpu.plugin",
-        "tests/pretend_gpu",
-        "-p",
-        "no:cacheprovider",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.pretend_gpu.plugin", "tests/pretend_gpu"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(
-        command, cwd=ROOT, env=clean | {"PRETEND_GPU": card, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *options],
+        cwd=ROOT,
+        env=clean | environment(card) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "notebooks").with_suffix("").as_posix())
+def test_notebooks_run_from_top_to_bottom(path, card, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    for name, value in {**environment(card), "OMP_NUM_THREADS": "1", "OPTINFER_PROGRESS": "progress.json"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = execute(small_copy(path, tmp_path), timeout=3000)
+    assert f"Pretend {card.upper()}" in notebook.cells[1].outputs[0]["text"]
+    assert path.parent.name != "solutions" or "✗" not in nbformat.writes(notebook), "a solution fails its own check"

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from optinfer import hardware
 from optinfer.attention import attention_flops, attention_reference, flash_attention
 from optinfer.attention.dispatch import KERNELS, Backend, Problem, obstacle
+from optinfer.bench.rows import AttentionRow
 from optinfer.bench.timing import in_turns
 
 SDPA = {
@@ -45,23 +46,21 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     return rows + memory_rows(device, dtype, quick)
 
 
-def brief(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def brief(rows: list[AttentionRow]) -> list[dict[str, Any]]:
     """The timed and checked rows as a reader wants them: the case in words, milliseconds, error, memory."""
     shown = []
     for row in rows:
-        if row.get("error_ratio") is None and row.get("seconds") is None:
+        if row.error_ratio is None and row.seconds is None:
             continue  # a peer that this machine does not have, or memory without a time
-        heads = f"{row['batch']} x {row['heads']} heads"
-        heads += f" on {row['kv_heads']}" if row["kv_heads"] != row["heads"] else ""
-        lengths = f"{row['q_len']:,} tokens" if row["q_len"] == row["kv_len"] else f"1 token over {row['kv_len']:,}"
-        seconds, peak = row.get("seconds"), row.get("peak_bytes")
+        heads = f"{row.batch} x {row.heads} heads" + (f" on {row.kv_heads}" if row.kv_heads != row.heads else "")
+        lengths = f"{row.q_len:,} tokens" if row.q_len == row.kv_len else f"1 token over {row.kv_len:,}"
         shown.append(
             {
-                "case": f"{heads}, {lengths}, dim {row['head_dim']}" + (", causal" if row["causal"] else ""),
-                "attention": row["peer"],
-                "ms": f"{1e3 * seconds:.2f}" if seconds else row.get("skipped", ""),
-                "error / formula's error": f"{row['error_ratio']:.2f}" if row.get("error_ratio") else "",
-                "MB beyond inputs": f"{peak / 1e6:.2f}" if peak is not None else "",
+                "case": f"{heads}, {lengths}, dim {row.head_dim}" + (", causal" if row.causal else ""),
+                "attention": row.peer,
+                "ms": f"{1e3 * row.seconds:.2f}" if row.seconds else row.skipped or "",
+                "error / formula's error": f"{row.error_ratio:.2f}" if row.error_ratio else "",
+                "MB beyond inputs": f"{row.peak_bytes / 1e6:.2f}" if row.peak_bytes is not None else "",
             }
         )
     return shown

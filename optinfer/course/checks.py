@@ -5,7 +5,6 @@ fails, those are run on the same inputs, and the one that fails in the same way 
 """
 
 import inspect
-import math
 import os
 import sys
 import sysconfig
@@ -254,7 +253,7 @@ def diagnose(run: _Run) -> _Diagnosis | None:
     """The misconception whose wrong answer fails like this one.
 
     It is named as the cause only if it explains every failing input, at least two of them, fails nowhere else, and no
-    other does the same. Otherwise the one that explains most is mentioned, if it comes to the reader's values at all.
+    other does the same. Otherwise the one that explains most is mentioned, if that is at least half.
     """
     found = []
     for wrong in run.exercise.wrong:
@@ -267,10 +266,10 @@ def diagnose(run: _Run) -> _Diagnosis | None:
     whole = [entry for entry in found if entry[0] == len(run.failed)]
     if len(whole) == 1 and len(run.failed) >= 2:
         return _Diagnosis(wrong, explained[0], True)
+    if 2 * score < len(run.failed):
+        return None
     values = [i for i in explained if run.outcomes[i].error is None]
-    if values or 2 * score >= len(run.failed):
-        return _Diagnosis(wrong, (values or explained)[0], False)
-    return None
+    return _Diagnosis(wrong, (values or explained)[0], False)
 
 
 def _explained(run: _Run, wrong: Wrong) -> tuple[list[int], int]:
@@ -328,7 +327,7 @@ def _clue(run: _Run) -> str:
         return "A NaN comes from 0/0, inf - inf or inf * 0: look for a row, block or range that is empty, constant or masked."
     if some:
         return some
-    ratio = _constant_ratio(run.expected[first], values[first])
+    ratio = _constant_ratio([(run.expected[i], values[i]) for i in run.failed])
     if ratio is not None and abs(ratio - 1) > 0.01:
         return f"Every number is {ratio:.6g} times the expected one: a factor is missing or too many."
     if ratio is not None:
@@ -336,13 +335,20 @@ def _clue(run: _Run) -> str:
     return "Try the smallest failing input by hand, and compare each intermediate value."
 
 
-def _constant_ratio(expected: Any, got: Any) -> float | None:
-    if isinstance(expected, Tensor) and isinstance(got, Tensor) and expected.numel() > 1 and (expected != 0).any():
-        ratio = (got.double() / expected.double())[expected != 0]
-        if ratio.isfinite().all() and (ratio - ratio.mean()).abs().max() < 1e-3 * ratio.mean().abs():
-            return float(ratio.mean())
-    if isinstance(expected, float) and isinstance(got, float) and expected and math.isfinite(got):
-        return got / expected
+def _constant_ratio(pairs: list[tuple[Any, Any]]) -> float | None:
+    """By which one factor all numbers of several (expected, got) differ; at least two numbers."""
+    ratios = []
+    for expected, got in pairs:
+        kind = Tensor if isinstance(expected, Tensor) else (int, float)
+        if not (isinstance(expected, kind) and isinstance(got, kind)):
+            return None
+        wanted, mine = torch.as_tensor(expected).double(), torch.as_tensor(got).double()
+        if mine.shape != wanted.shape:
+            return None
+        ratios.append((mine / wanted)[wanted != 0])
+    ratio = torch.cat([r.flatten() for r in ratios])
+    if len(ratio) > 1 and ratio.isfinite().all() and (ratio - ratio.mean()).abs().max() < 1e-3 * ratio.mean().abs():
+        return float(ratio.mean())
     return None
 
 
@@ -447,7 +453,7 @@ def _parameters(exercise: Exercise, c: Case) -> list[str]:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
         if c.slow:
-            names = ["prompt", "new_tokens", "block_size"]
+            names = ["prompt", "new_tokens", "group_size"]
         elif not names:
             names = list(inspect.signature(exercise.answer).parameters)
     else:

@@ -6,8 +6,8 @@ The names follow `bitsandbytes.functional`; the bytes of NF4, FP4 and LLM.int8()
 
 from typing import Any
 
-from optinfer.quantization.checkpoints.bitsandbytes import load_bitsandbytes, save_bitsandbytes
-from optinfer.quantization.checkpoints.save import CheckpointError, save_checkpoint
+from optinfer.quantization.checkpoints.bitsandbytes import load_bitsandbytes
+from optinfer.quantization.checkpoints.save import CheckpointError, save_bitsandbytes, save_checkpoint
 from optinfer.quantization.footprint import memory_footprint
 from optinfer.quantization.formats.codebook import dequantize_4bit, quantize_4bit
 from optinfer.quantization.formats.grid import quantize_linear

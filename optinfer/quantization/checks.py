@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "check_choice", "check_finite", "check_group_size", "check_weight"]
+__all__ = ["CheckpointError", "check_choice", "check_finite", "check_weight"]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class CheckpointError(ValueError):
@@ -18,9 +17,7 @@ class CheckpointError(ValueError):
 
 
 def check_weight(weight: Tensor, name: str = "weight", ndim: int | None = 2) -> None:
-    """Raise unless `weight` is a non-empty, finite float32, bfloat16 or float16 tensor (of `ndim`
-    dimensions).
-    """
+    """Raise unless `weight` is a non-empty, finite float32, bfloat16 or float16 tensor (of `ndim` dimensions)."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
     if weight.dtype not in FLOAT_DTYPES:
@@ -57,8 +54,3 @@ def refuse_options(scheme: Any, options: dict[str, Any], *taken: str) -> None:
         raise ValueError(f"symmetric=False goes with int2, int3, int4 and int8, not with scheme={scheme.name!r}")
     if options["threshold"] < 0:
         raise ValueError(f"threshold must be 0 or more, got {options['threshold']!r}")
-
-
-def check_group_size(group_size: int) -> None:
-    """Block sizes of the 4-bit codebook formats: powers of two from 32 to 4096, as in bitsandbytes."""
-    check_choice(group_size, GROUP_SIZES, "group_size")

@@ -8,14 +8,17 @@ has no other than `torch.bmm`, so that is answered too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from optinfer.quantization.checks import CheckpointError
+from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.linear import apply_keeping_dtypes, parameter_name, tensor_name
 from optinfer.quantization.schemes import Scheme
 
@@ -86,10 +89,9 @@ class QuantizedExperts(Matrices):
         return {name: ((self.num_experts, *shape), dtype) for name, (shape, dtype) in one.items()}
 
     @torch.no_grad()
-    def fill(self, stack: Tensor) -> QuantizedExperts:
-        """Quantize a stack, one matrix at a time."""
-        for i, matrix in enumerate(stack.detach()):
-            q = self.scheme.quantize(matrix.T.contiguous() if self.transposed else matrix)
+    def fill(self, matrices: Iterable[QuantizedTensor]) -> QuantizedExperts:
+        """Take in the experts' matrices ``[out, in]``, one by one."""
+        for i, q in enumerate(matrices):
             for name, tensor in q.tensors().items():
                 self._parameters[parameter_name(name)][i].copy_(tensor)  # type: ignore[index]
         return self
@@ -111,6 +113,36 @@ class QuantizedExperts(Matrices):
         return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), {self.scheme.name}"
 
 
+class SeparateExperts(Matrices):
+    """A stack in which each matrix is a linear layer, named by its number: its inputs can be watched, and its weight changed."""
+
+    def __init__(self, stack: Tensor, transposed: bool):
+        super().__init__()
+        self.shape = tuple(stack.shape)  # type: ignore[assignment]
+        for i, matrix in enumerate(stack.detach()):
+            weight = nn.Parameter(matrix.T.contiguous() if transposed else matrix)
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = weight
+            self.add_module(str(i), layer)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _Factor(self.get_submodule(str(int(index))))
+
+
+class _Factor:
+    """What `SeparateExperts` hands out: whoever multiplies by it runs the layer."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in (linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and not kwargs:
+            x, factor, *bias = args
+            return factor.layer(x) if not bias or bias[0] is None else factor.layer(x) + bias[0]
+        raise ValueError(f"experts are computed by torch's {func.__name__}, which cannot be followed to one of them")
+
+
 def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     """Stacks that can be quantized, by name: those of modules that transformers knows as experts."""
     return {
@@ -130,8 +162,15 @@ def transposed(model: nn.Module, name: str) -> bool:
 
 def quantize_experts(model: nn.Module, name: str, scheme: Scheme) -> None:
     """Exchange the stack `name` for a quantized one, in place."""
-    stack = model.get_parameter(name)
-    put_experts(model, name, QuantizedExperts.like(stack, scheme, transposed(model, name)).fill(stack))
+    stack, lies = model.get_parameter(name), transposed(model, name)
+    matrices = (scheme.quantize(matrix.T.contiguous() if lies else matrix) for matrix in stack.detach())
+    put_experts(model, name, QuantizedExperts.like(stack, scheme, lies).fill(matrices))
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Let each expert of a model be linear layers of its own, in place: `SeparateExperts` where the stacks are."""
+    for name, stack in expert_stacks(model).items():
+        put_experts(model, name, SeparateExperts(stack, transposed(model, name)))
 
 
 def put_experts(model: nn.Module, name: str, experts: nn.Module) -> None:
@@ -161,11 +200,17 @@ def quantized_experts(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts]
 
 def refuse_experts(model: nn.Module, format: str) -> None:
     """Raise CheckpointError if a model has quantized stacks: other formats hold experts in layouts of their own."""
-    for name, _ in quantized_experts(model):
-        raise CheckpointError(
-            f"{name} is a stack of quantized experts, which is not written as {format} here: quantize with "
-            f"skip=[{name.rpartition('.')[0].rpartition('.')[2]!r}], or keep it in our own format (model.save_pretrained)"
-        )
+    if not (stacks := dict(quantized_experts(model))):
+        return
+    name = next(iter(stacks))
+    count = sum(math.prod(experts.shape) for experts in stacks.values())
+    layers: Any = [m for m in model.modules() if hasattr(m, "in_features") and not isinstance(m, QuantizedExperts)]
+    share = count / (count + sum(layer.in_features * layer.out_features for layer in layers))
+    raise CheckpointError(
+        f"{name} is a stack of quantized experts, which no reader of {format} files knows; such stacks hold {share:.0%} of "
+        f"the weights of the model's layers: quantize with skip=[{name.rpartition('.')[0].rpartition('.')[2]!r}] and they stay "
+        "as they are, or keep it in our own format (model.save_pretrained)"
+    )
 
 
 def one_by_one(module: nn.Module) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from optinfer.quantization.experts import QuantizedExperts, transposed
-from optinfer.quantization.layers import matrix_of, select_layers
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.layers import select_layers
+from optinfer.quantization.linear import QuantizedLinear, matrix_of
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
@@ -26,12 +26,10 @@ def memory_footprint(
     symmetric: bool = True,
     skip: str | Iterable[str] = (),
 ) -> int:
-    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or
-    allocated.
+    """Bytes of a model's parameters once `quantize(model, scheme, …)` has run. Nothing is loaded or allocated.
 
     Args:
-        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as
-            it is.
+        config_or_model: a transformers configuration (built on the meta device), or a model, which stays as it is.
         scheme: as for `quantize`; None: not quantized.
         dtype: of what is not quantized; default: the model's own, for a configuration bfloat16.
         group_size, double_quant, symmetric, skip: as for `quantize`.

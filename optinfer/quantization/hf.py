@@ -26,11 +26,10 @@ from optinfer.quantization.experts import (
     QuantizedExperts,
     put_experts,
     quantize_experts,
-    restore_experts,
     transposed,
 )
-from optinfer.quantization.layers import matrix_of, recorded, replace_module, select_layers, unquantized_weights
-from optinfer.quantization.linear import QuantizedLinear, parameter_name
+from optinfer.quantization.layers import recorded, replace_module, restore, select_layers, unquantized_weights
+from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]
@@ -236,11 +235,7 @@ class OptinferQuantizer(HfQuantizer):
         return False
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for module in list(model.modules()):
-            if isinstance(module, QuantizedLinear):
-                linear = module.dequantize()
-                replace_module(model, module, linear if dtype is None else linear.to(dtype))
-        restore_experts(model, dtype)
+        restore(model, dtype)
         return model
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one
+from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one, restore_experts
+from optinfer.quantization.linear import QuantizedLinear, matrix_of
 
-__all__ = ["Selection", "linear_layers", "select_layers", "unquantized_layers", "unquantized_weights"]
+__all__ = ["Selection", "linear_layers", "restore", "select_layers", "unquantized_layers", "unquantized_weights"]
 
 
 SMALL_SHARE = 0.02  # of a model's weights: so much may be left without being asked
@@ -56,6 +57,15 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = new
+
+
+def restore(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put ordinary layers and stacks with the restored weights (in `dtype`, or their own) in place of all quantized ones."""
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = module.dequantize()
+            replace_module(model, module, linear if dtype is None else linear.to(dtype))
+    restore_experts(model, dtype)
 
 
 def select_layers(
@@ -125,12 +135,6 @@ def recorded(names: Iterable[str], left: Iterable[str]) -> set[str]:
         else:
             found |= {name for name in names if name.endswith(f".{one}") or one.endswith(f".{name}")}
     return found
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in]: GPT-2's `Conv1D` stores it the other way round."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def _transposed_kinds() -> tuple[type, ...]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.cpu import CpuWeight, remembered
-from optinfer.quantization.formats.cpu import as_cpu_weight
 from optinfer.quantization.formats.gpu import as_kernel_weight
 from optinfer.quantization.formats.products import layer_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
@@ -22,12 +21,11 @@ __all__ = ["QuantizedLinear"]
 class QuantizedLinear(nn.Module):
     """`torch.nn.Linear` with a quantized weight.
 
-    The stored tensors are parameters without gradients: ``weight`` (the packed codes), ``weight_scale`` or
-    ``weight_absmax`` and so on, so that ``state_dict``, safetensors and transformers handle them like any
-    other.
+    The stored tensors are parameters without gradients: ``weight`` (the packed codes), ``weight_scale`` or ``weight_absmax``
+    and so on, so that ``state_dict``, safetensors and transformers handle them like any other.
 
     A few tokens on a GPU go through a fused Triton kernel (`formats/gpu.py`), 16-bit tokens on a CPU through the C++ kernels
-    (`formats/cpu.py`). Both read the stored tensors in place.
+    (`optinfer.cpu`). Both read the stored tensors in place.
     """
 
     weight: nn.Parameter
@@ -68,9 +66,9 @@ class QuantizedLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
-        """Quantize a linear layer."""
-        return cls.from_quantized(scheme.quantize(linear.weight), linear.bias, scheme.threshold)
+    def from_linear(cls, linear: Any, scheme: Scheme) -> QuantizedLinear:
+        """Quantize a linear layer (or GPT-2's `Conv1D`)."""
+        return cls.from_quantized(scheme.quantize(matrix_of(linear)), linear.bias, scheme.threshold)
 
     # ---- the stored tensors
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -107,7 +105,7 @@ class QuantizedLinear(nn.Module):
         if self.dtype == torch.float32:
             return None
         tensors = [parameter for parameter in self._parameters.values() if parameter is not None]
-        return remembered(self, *tensors, make=lambda *_: as_cpu_weight(self.quantized, self.bias))
+        return remembered(self, *tensors, make=lambda *_: self.quantized.cpu_weight(self.bias))
 
     def gpu_weight(self) -> QuantizedWeight | None:
         """The layer as the fused Triton kernel reads it, made on first use; None for layouts that it does not read."""
@@ -129,6 +127,12 @@ class QuantizedLinear(nn.Module):
         block = f", group_size={scheme.group_size}" if scheme.group_size else ""
         double = ", double_quant" if scheme.double_quant else ""
         return f"{self.in_features} -> {self.out_features}, {scheme.name}{block}{double}, bias={self.bias is not None}"
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in]: GPT-2's `Conv1D` stores it the other way round."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def apply_keeping_dtypes(module: nn.Module, apply: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

@@ -10,13 +10,7 @@ from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.experts import quantize_experts
-from optinfer.quantization.layers import (
-    Selection,
-    matrix_of,
-    replace_module,
-    select_layers,
-    unquantized_weights,
-)
+from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
@@ -86,17 +80,11 @@ def quantize(
             quantize_experts(model, name, resolved)
         else:
             layer = layers.pop(name)
-            replace_module(model, layer, quantized_layer(layer, resolved))
+            replace_module(model, layer, QuantizedLinear.from_linear(layer, resolved))
     mark_quantized(model, resolved)
     if progress:
         print(f"{scheme}: {what}{_left(selection)}")
     return model
-
-
-def quantized_layer(layer: nn.Module, scheme: Scheme) -> QuantizedLinear:
-    """The quantized twin of a linear layer (or of GPT-2's `Conv1D`)."""
-    bias: Any = layer.bias
-    return QuantizedLinear.from_quantized(scheme.quantize(matrix_of(layer)), bias, scheme.threshold)
 
 
 def check_present(name: str, layer: nn.Module, weight: Tensor | None = None) -> None:

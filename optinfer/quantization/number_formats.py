@@ -26,23 +26,11 @@ __all__ = [
 # an exact 0. Stored rather than computed: `nf4_from_quantiles` agrees to 2e-7, but packed bytes must agree
 # to the last bit.
 NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 # FP4 as in bitsandbytes: sign, two exponent bits, one mantissa bit, by code (not sorted), scaled so that
 # the largest is 1.
@@ -75,8 +63,7 @@ def nf4_from_quantiles(offset: float = 0.9677083) -> np.ndarray:
 
 
 def dynamic_int8() -> tuple[float, ...]:
-    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold
-    double-quantized scales.
+    """The 256 values of the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561) that hold double-quantized scales.
 
     A sign bit, then a run of zeros that says the power of ten, then a linear fraction: seven decades with
     1, 2, 4 … 64 values each, so that small scales keep their relative precision.
@@ -182,9 +169,7 @@ class NumberFormat:
         return self.decode(self.encode(value))
 
     def fields(self, pattern: int) -> list[tuple[str, str]]:
-        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa",
-        "10…")]``.
-        """
+        """A pattern's bits, cut into named fields: ``[("sign", "0"), ("exponent", "01111"), ("mantissa", "10…")]``."""
         digits = format(pattern, f"0{self.bits}b")
         if self.kind == "codebook":
             return [("index", digits)]

@@ -20,8 +20,7 @@ class Perplexity:
 
     Attributes:
         value: the perplexity.
-        stderr: its standard error, from the spread between windows (tokens of one window depend on each
-            other).
+        stderr: its standard error, from the spread between windows (tokens of one window depend on each other).
         tokens: how many were predicted.
         windows: mean negative log-likelihood of each window, nats. Two models on the same windows can be
             compared pairwise, which is far sharper than comparing two error bars.
@@ -73,8 +72,7 @@ def perplexity(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
-    """Perplexity of `text`, cut into windows that do not overlap; the first token of a window is not
-    predicted.
+    """Perplexity of `text`, cut into windows that do not overlap; the first token of a window is not predicted.
 
     Args:
         window: tokens per window. Shorter windows give higher values: compare only at one length.
@@ -105,8 +103,7 @@ def kl_divergence(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Agreement:
-    """KL divergence of `model` from `reference` on `text`, token by token, and how often the favourite
-    agrees.
+    """KL divergence of `model` from `reference` on `text`, token by token, and how often the favourite agrees.
 
     Args:
         reference: the unquantized model.

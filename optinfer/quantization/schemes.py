@@ -117,8 +117,7 @@ def resolve_scheme(
             the MX formats and nvfp4 have blocks of their own.
 
     Raises:
-        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not
-            have.
+        ValueError: an unknown scheme (the message lists the known), or an option that the scheme does not have.
     """
     check_choice(name, tuple(SCHEMES), "scheme")
     options = {"double_quant": double_quant, "symmetric": symmetric, "threshold": threshold}

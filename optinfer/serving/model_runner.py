@@ -211,5 +211,5 @@ class ModelRunner:
 
 def has_outliers(model: "PreTrainedModel") -> bool:
     """Whether a layer looks at its input for features to keep in 16 bits (llm_int8), as no CUDA graph can."""
-    schemes = (getattr(module, "scheme", None) for module in model.modules())
-    return any(getattr(scheme, "name", None) == "llm_int8" for scheme in schemes)
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return any(layer.scheme.format.LOOKS_AT_INPUTS for layer in layers)

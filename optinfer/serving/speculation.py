@@ -7,6 +7,7 @@ draw from the rest), and the output is the same, token for token, as without spe
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,10 +99,12 @@ class PerSequence:
         return own.draft.evidence(self._text(sequence))
 
     def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        drafted = [self._of(s).draft.propose_marked(self._text(s), most, GREEDY) for s, most in wanted.items()]
+        flat = iter(torch.cat(drafted).tolist() if drafted else ())  # the only wait for the device
         found = {}
-        for sequence, most in wanted.items():
-            if tokens := self._of(sequence).draft.propose(self._text(sequence), most, GREEDY).tokens.tolist():
-                found[sequence] = tokens
+        for sequence, tokens in zip(wanted, drafted):
+            if kept := [token for token in itertools.islice(flat, len(tokens)) if token >= 0]:
+                found[sequence] = kept
         return found
 
     def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:

@@ -243,31 +243,43 @@ class HeadDraft(Draft):
     def observe(self, hidden: Tensor) -> None:
         self._hidden.append(hidden)
 
-    @torch.no_grad()
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
+        tokens, laws, sure = self._draft(input_ids, num_tokens, sampler)
+        kept = int(sure.sum()) if self.min_confidence else len(tokens)
+        return Proposal(tokens[:kept], None if laws is None or not kept else laws[:kept])
+
+    def propose_marked(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Tensor:
+        tokens, _, sure = self._draft(input_ids, num_tokens, sampler)
+        return tokens.masked_fill(~sure, -1)
+
+    @torch.no_grad()
+    def _draft(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tokens, their laws, and which of them, the first ones, it is sure of. On a GPU nothing is waited for."""
+        nothing = input_ids.new_empty(0), None, input_ids.new_empty(0, dtype=torch.bool)
         known = self._length + sum(h.shape[1] for h in self._hidden)
-        if not self._hidden or known != input_ids.shape[1] - 1:
-            return Proposal(input_ids.new_empty(0))  # the target has not run yet, or its cache was filled elsewhere
+        if not self._hidden or known != input_ids.shape[1] - 1 or num_tokens < 1:
+            return nothing  # the target has not run yet, or its cache was filled elsewhere
         hidden = torch.cat(self._hidden, dim=1)
         self._hidden = []
         guess = self._run(input_ids[:, self._length + 1 :], hidden, self._length)[:, -1:]
         self._length = known
-        text, tokens, laws, survival = input_ids, [], [], 1.0
+        text, survival = input_ids, torch.ones((), device=input_ids.device)
+        tokens: list[Tensor] = []
+        laws: list[Tensor | None] = []
+        sure: list[Tensor] = []
         for k in range(num_tokens):
             logits = self.head.logits(guess[:, 0])
-            if self.min_confidence:
-                survival *= float(logits.float().softmax(-1).max())
-                if survival < self.min_confidence:
-                    break
+            survival = survival * logits.float().softmax(-1).amax(-1)
+            sure.append(~(survival < self.min_confidence))
+            if survival.device.type == "cpu" and not sure[-1]:  # asking costs nothing here
+                return (torch.cat(tokens), _joined(laws), torch.cat(sure[:-1])) if tokens else nothing
             token, law = self._choose(text, logits, sampler)
             tokens.append(token)
             laws.append(law)
             if k + 1 < num_tokens:
                 text = torch.cat([text, token[:, None]], dim=1)
                 guess = self._run(token[:, None], guess, known + k)
-        if not tokens:
-            return Proposal(input_ids.new_empty(0))
-        return Proposal(torch.cat(tokens), None if laws[0] is None else torch.cat(laws))  # type: ignore[arg-type]
+        return torch.cat(tokens), _joined(laws), torch.cat(sure)
 
     def _choose(self, text: Tensor, logits: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
         if sampler.drafts_greedily:  # a draft needs no penalties: the target applies them
@@ -302,3 +314,7 @@ class HeadDraft(Draft):
             if old is not None:
                 new[:, :, :capacity] = old
             setattr(self, name, new)
+
+
+def _joined(laws: list[Tensor | None]) -> Tensor | None:
+    return None if laws[0] is None else torch.cat(laws)  # type: ignore[arg-type]

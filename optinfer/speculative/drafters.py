@@ -56,6 +56,10 @@ class Draft:
         """Up to ``num_tokens`` tokens that may follow ``input_ids`` [1, length]; none when it has nothing to say."""
         raise NotImplementedError
 
+    def propose_marked(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Tensor:
+        """The tokens of `propose` on their device, -1 from where they end: the host can wait for those of many texts at once."""
+        return self.propose(input_ids, num_tokens, sampler).tokens
+
     def observe(self, hidden: Tensor) -> None:
         """The target's last hidden states of the tokens that just became final, [1, new, hidden_size]."""
 

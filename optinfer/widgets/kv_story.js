@@ -5,7 +5,8 @@ export function tell(operations, states, step) {
   const of = (type) => rest.filter((event) => event.type === type);
   const list = (events) => events.map((event) => event.block).join(", ");
   const extra = [];
-  if (of("BlockForgotten").some((e) => e.evicted)) extra.push(`Evicted, as least recently used: what block ${list(of("BlockForgotten").filter((e) => e.evicted))} had cached.`);
+  const evicted = of("BlockForgotten").filter((e) => e.evicted);
+  if (evicted.length) extra.push(`Evicted, as least recently used: what block${evicted.length > 1 ? "s" : ""} ${list(evicted)} had cached.`);
   const id = operation.seq_id ?? operation.child_id;
   switch (operation.type) {
     case "SequenceAllocated": {

@@ -1,84 +1,39 @@
-"""Wrong answers that readers gave, not edits of our solutions: each is rejected, and no message leads astray."""
+"""Wrong answers that readers give, not edits of our solutions: each is rejected, and no message leads astray."""
 
-import math
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from optinfer.course import checks, exercises
+from tests.course import readers
+
+READERS = readers.every()
 
 
-def straight_through_cut_early(x, scale):
-    inside = (x / scale).abs() <= 7
-    rounded = (x / scale).round().clamp(-7, 7) * scale
-    passed = torch.where(inside, x, x.detach())
-    return passed + (rounded - passed).detach()
-
-
-def merge_with_one_maximum(outs, lses):
-    weights = torch.exp(lses - lses[lses.isfinite()].max())
-    total = weights.sum(0)
-    return (weights[..., None] * outs).sum(0) / torch.where(total == 0, 1.0, total)[:, None]
-
-
-def copy_the_last_block(tables, ref_count, free, seq, position, block_size):
-    block = tables[seq][-1]
-    if ref_count[block] == 1:
-        return None
-    target = free.pop(0)
-    ref_count[block] -= 1
-    ref_count[target] = 1
-    tables[seq][-1] = target
-    return block, target
-
-
-def copy_the_first_shared_block(tables, ref_count, free, seq, position, block_size):
-    for i, block in enumerate(tables[seq]):
-        if ref_count[block] > 1:
-            target = tables[seq][i] = free.pop(0)
-            ref_count[block] -= 1
-            ref_count[target] = 1
-            return block, target
-    return None
-
-
-def difference_without_sign(p, q):
-    left = abs(p - q)
-    return left / left.sum() if left.sum() > 0 else p.clone()
-
-
-def acceptance_as_difference(p, q):
-    return (p - q).abs()
-
-
-def nucleus_before_temperature(logits, temperature, p):
-    probabilities = logits.softmax(-1)
-    ordered, index = probabilities.sort(descending=True)
-    kept = torch.where(ordered.cumsum(-1) - ordered < p, logits[index], -math.inf)
-    return torch.zeros_like(probabilities).scatter(0, index, (kept / temperature).softmax(-1))
-
-
-ANSWERS = [
-    ("calibrated.straight_through", straight_through_cut_early, "the end cut before rounding", ()),
-    ("attention.merge_partials", merge_with_one_maximum, None, ("plain mean",)),
-    ("kv_cache.copy_on_write", copy_the_last_block, "the last block instead of the written one", ()),
-    ("kv_cache.copy_on_write", copy_the_first_shared_block, None, ("usually means",)),
-    ("speculative.residual", difference_without_sign, None, ("came back unchanged", "usually means: not normalized")),
-    ("speculative.acceptance", acceptance_as_difference, None, ("came back unchanged", "usually means")),
-    ("serving.top_p", nucleus_before_temperature, "the nucleus taken before the temperature", ("multiplied by",)),
-]
-
-
-@pytest.mark.parametrize(("id", "answer", "misconception", "never"), ANSWERS, ids=lambda v: getattr(v, "__name__", ""))
-def test_a_readers_wrong_answer(id, answer, misconception, never):
-    result = checks.evaluate(exercises.get(id), answer)
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: f"{reader.id}-{reader.belief}")
+def test_a_readers_wrong_answer(reader):
+    result = checks.evaluate(exercises.get(reader.id), reader.answer)
     assert not result.passed
-    if misconception:
-        assert result.misconception == misconception, result.message
-    for words in never:
+    assert result.misconception == reader.misconception, result.message
+    for words in reader.never:
         assert words not in result.message, result.message
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: f"{reader.id}-{reader.belief}")
+def test_a_readers_wrong_answer_is_rejected_whatever_the_seed(reader):
+    assert not checks.evaluate(exercises.get(reader.id), reader.answer, seed=77).passed
+
+
+@pytest.mark.parametrize("exercise", exercises.every(), ids=lambda exercise: exercise.id)
+def test_three_readers_tried_each_exercise(exercise):
+    assert len([reader for reader in READERS if reader.id == exercise.id]) >= 3
+
+
+def test_one_factor_is_named_only_where_all_inputs_have_it():
+    exercise = exercises.get("basics.roofline")
+    assert "is 2 times the expected one" in checks.evaluate(exercise, lambda i, p, b: 2 * min(p, i * b)).message
+    assert "times the expected one" not in checks.evaluate(exercise, lambda i, p, b: (p + i * b) / 2).message
 
 
 def test_a_plain_script_shows_what_was_found(tmp_path):

@@ -59,6 +59,7 @@ EQUAL = {
         "8: 0 -> -1": "the empty suffix is compared with the whole text",
         "10: 1 -> 2": "a slice that begins at the last token and ends before it is empty",
     },
+    "speculative.accept_tree": {"14: 0 -> -1": "the children of a node are different tokens: at most one fits"},
     "speculative.best_length": {
         "8: 0": "replaced by plain decoding's rate", "8: 0.0": "replaced by plain decoding's rate",
         "11: rate > most": "within the tolerance for equal rates", "11: 1e-12": "within the tolerance for equal rates",
@@ -69,6 +70,8 @@ EQUAL = {
         "10: before < p": "decided by the last bit of a sum of probabilities",
     },
     "serving.continuous_batching": {"7: 0": "every entry is overwritten", "9: 0 -> -1": "nobody arrives before step 0"},
+    "serving.goodput": {"9: 0.0 -> -1.0": "a promise of seconds is not negative, so both keep it"},
+    "serving.ring_bytes": {"7: 2 * layers * 2 * (processes - 1) * message // ": "the division leaves no rest"},
 }  # fmt: skip
 
 

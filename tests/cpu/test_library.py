@@ -12,7 +12,6 @@ from optinfer import cpu
 from optinfer.cpu import library
 from optinfer.processor import this_processor
 from optinfer.quantization import quantize_4bit, quantize_linear
-from optinfer.quantization.formats.cpu import as_cpu_weight
 
 needs_compiler = pytest.mark.skipif(cpu.kernels() is None, reason="no C++ compiler here")
 
@@ -84,10 +83,10 @@ def weights_of_all_kinds():
             (4, 128, True),
         ):
             q = quantize_linear(w, bits, group, symmetric)
-            yield q.dequantize(torch.float32), as_cpu_weight(q)
+            yield q.dequantize(torch.float32), q.cpu_weight()
     for group_size in (32, 64):
         q = quantize_4bit(torch.randn(19, 192), "nf4", group_size, double_quant=True)
-        yield q.dequantize(torch.float32), as_cpu_weight(q)
+        yield q.dequantize(torch.float32), q.cpu_weight()
 
 
 @needs_compiler

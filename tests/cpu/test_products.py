@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from optinfer import cpu
 from optinfer.cpu import structs
 from optinfer.quantization import SCHEMES, quantize_4bit, quantize_linear
-from optinfer.quantization.formats.cpu import as_cpu_weight
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason="no C++ compiler here")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +62,7 @@ def test_linear_codes(rows, columns, tokens, bits, symmetric, group, dtype):
     if group == "tensor" and not symmetric:
         symmetric = True  # one zero point for all is a layout that the kernels leave to others
     q = quantize_linear(torch.randn(rows, columns).to(dtype), bits, group, symmetric)
-    weight = as_cpu_weight(q)
+    weight = q.cpu_weight()
     assert weight is not None
     x = torch.randn(tokens, columns)
     assert_within_rounding(product(x, weight, 1), x, q)
@@ -74,7 +73,7 @@ def test_linear_codes(rows, columns, tokens, bits, symmetric, group, dtype):
 def test_codes_with_a_minimum(rows, columns, tokens, dtype):
     q = SCHEMES["q4_1"].quantize((torch.randn(rows, columns) + torch.randn(rows, 1)).to(dtype))
     x = torch.randn(tokens, columns)
-    assert_within_rounding(product(x, as_cpu_weight(q), 1), x, q)
+    assert_within_rounding(product(x, q.cpu_weight(), 1), x, q)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +89,7 @@ def test_codebooks(rows, blocks, tokens, kind, group_size, double_quant):
     columns = blocks * group_size
     q = quantize_4bit(torch.randn(rows, columns), kind, group_size, double_quant)
     x = torch.randn(tokens, columns)
-    assert_within_rounding(product(x, as_cpu_weight(q), 1), x, q)
+    assert_within_rounding(product(x, q.cpu_weight(), 1), x, q)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -99,7 +98,7 @@ def test_an_outlier_costs_its_neighbours_little(tokens):
     q = quantize_linear(torch.randn(50, 576), 8, "channel", True)
     x = torch.randn(tokens, 576)
     x[:, 7] = 3000
-    out, w = cpu.linear(x, as_cpu_weight(q)), q.dequantize(torch.float32).double()
+    out, w = cpu.linear(x, q.cpu_weight()), q.dequantize(torch.float32).double()
     assert_within_rounding(out, x, q)
     others = x.double()
     others[:, 7] = 0
@@ -130,7 +129,7 @@ def test_weights_are_read_where_they_lie():
 def test_a_wrong_product_would_be_noticed():
     q = quantize_linear(torch.randn(33, 100), 4, 32, False)
     x = torch.randn(2, 100)
-    weight = as_cpu_weight(q)
+    weight = q.cpu_weight()
     assert_within_rounding(cpu.linear(x, weight), x, q)
     weight.struct.group = 64  # every other scale
     with pytest.raises(AssertionError):
@@ -142,9 +141,9 @@ def test_what_the_kernels_do_not_read():
     assert plain(torch.randn(3, 4).double()) is None
     assert plain(torch.randn(4, 3).t()) is None  # rows with gaps
     assert plain(torch.randn(3, 4, device="meta")) is None
-    assert as_cpu_weight(quantize_linear(torch.randn(8, 96), 3, 32, True)) is None
-    assert as_cpu_weight(quantize_linear(torch.randn(8, 96), 4, 24, True)) is None
-    assert as_cpu_weight(quantize_4bit(torch.randn(8, 96), "nf4", 64)) is None  # blocks go on in the next row
+    assert quantize_linear(torch.randn(8, 96), 3, 32, True).cpu_weight() is None
+    assert quantize_linear(torch.randn(8, 96), 4, 24, True).cpu_weight() is None
+    assert quantize_4bit(torch.randn(8, 96), "nf4", 64).cpu_weight() is None  # blocks go on in the next row
 
 
 def test_shapes_are_checked_before_pointers_are_used():

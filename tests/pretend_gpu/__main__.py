@@ -1,17 +1,18 @@
-"""Run a module as on a GPU: `python -m tests.pretend_gpu -m MODULE …`; the card is named in PRETEND_GPU."""
+"""Run a module as on a GPU, in minutes: `python -m tests.pretend_gpu -m MODULE …`; the card is named in PRETEND_GPU."""
 
 import os
 import runpy
 import sys
 
+from tests.pretend_gpu import environment, once
 from tests.pretend_gpu.plugin import install
 
 if __name__ == "__main__":
-    from optinfer import hardware
-
-    hardware.measure_bandwidth = lambda device: 3e12  # what a CPU measures in minutes would say nothing
-    hardware.measure_matmul = lambda device, dtype: 7e14
-    install(os.environ.get("PRETEND_GPU", "h100"))
+    card = os.environ.get("PRETEND_GPU", "h100")
+    os.environ.update(environment(card))
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # its CUDA library would need a real one
+    install(card)
+    once.install()
     if sys.argv[1:2] != ["-m"] or len(sys.argv) < 3:
         sys.exit("usage: python -m tests.pretend_gpu -m MODULE …")
     sys.argv = sys.argv[2:]

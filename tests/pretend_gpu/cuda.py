@@ -53,9 +53,25 @@ def default_generator() -> Generator:
     return Generator("cuda").manual_seed(20_000)  # type: ignore[return-value]
 
 
+_any_stream = torch.Stream
+
+
 class Stream:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = CUDA
+    """Both `torch.cuda.Stream` and `torch.Stream`, which is the CPU's own where that is asked for."""
+
+    device = CUDA
+
+    def __new__(cls, device: Any = None, **options: Any) -> Any:
+        if isinstance(device, (str, torch.device)) and torch.device(device).type != "cuda":
+            return _any_stream(device, **options)
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
 
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
@@ -159,6 +175,7 @@ def patch(card: Card) -> None:
     cuda.get_rng_state, cuda.get_rng_state_all = lambda *a: random.get_state(), lambda: [random.get_state()]
     cuda.set_rng_state, cuda.set_rng_state_all = lambda s, *a: random.set_state(s), lambda s: random.set_state(s[0])
     cuda.Stream, cuda.Event, cuda.CUDAGraph, cuda.graph = Stream, Event, CUDAGraph, graph
+    torch.Stream = Stream  # type: ignore[misc, assignment]
     cuda.current_stream = cuda.default_stream = lambda *a: Stream()
     cuda.stream = cuda.device = contextlib.nullcontext
     cuda.is_current_stream_capturing = lambda: bool(tapes)

@@ -27,8 +27,10 @@ def install(card: str = "h100") -> None:
     """Pretend from now on, in this thread and in every one started later. It cannot be undone."""
     if installed():
         return
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401  before it would look for a CUDA library
+    import torch._inductor.utils  # before it would look for CUDA's part of C++
+
     torch._pretend_gpu = card  # type: ignore[attr-defined]
     torch._C._set_only_lift_cpu_tensors(True)
     cuda.install_device_guard()

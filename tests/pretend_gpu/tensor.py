@@ -18,6 +18,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0  # to count all of them for each new one would take most of the time
         self.peak = 0
 
     def add(self, held: torch.Tensor) -> None:
@@ -25,12 +26,15 @@ class Memory:
         known = self._alive.get(storage._cdata)
         if known is None or known[0].expired():
             self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self.peak = max(self.peak, self.used)
+            self._at_most += storage.nbytes()
+            if self._at_most > self.peak:
+                self.peak = max(self.peak, self.used)
 
     @property
     def used(self) -> int:
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        self._at_most = sum(size for _, size in self._alive.values())
+        return self._at_most
 
 
 memory = Memory()

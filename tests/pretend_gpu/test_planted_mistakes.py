@@ -113,6 +113,20 @@ def test_models_move_train_and_are_copied():
     assert not any(p.is_cuda for p in back.parameters())
 
 
+@pytest.mark.parametrize(
+    "make", [torch.cuda.Stream, lambda: torch.Stream(device="cuda"), lambda: torch.Stream("cuda:0")]
+)
+def test_streams(make, log):
+    stream = make()
+    assert stream.device == CUDA and isinstance(stream, torch.Stream)
+    with stream, torch.cuda.stream(stream):
+        torch.ones(2, device="cuda").add_(1)
+    stream.wait_stream(torch.cuda.current_stream())
+    assert not log.waits
+    stream.synchronize()
+    assert kinds(log) == {"synchronize": 1}
+
+
 def test_memory_is_counted():
     before = torch.cuda.memory_allocated()
     x = torch.ones(1000, device="cuda")

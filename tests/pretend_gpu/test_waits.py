@@ -7,6 +7,7 @@ import transformers
 import optinfer
 from optinfer.serving import Engine, SamplingParams
 from optinfer.speculative import ModelDraft, PromptLookupDraft
+from optinfer.speculative.draft_head import DraftHead, HeadDraft
 
 TINY = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -65,6 +66,16 @@ def test_a_step_with_prompt_lookup(model, log):
     assert engine.stats.draft_tokens > 0
 
 
+@pytest.mark.parametrize("min_confidence", [0.0, 0.02])
+def test_a_step_with_a_trained_head(model, log, min_confidence):
+    """Once for the drafts of all sequences together, once for their tokens."""
+    draft = HeadDraft(DraftHead.for_model(model, torch.arange(3, 90)), min_confidence)
+    engine = Engine(model, num_blocks=90, block_size=4, draft=draft, adaptive_drafts=False)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    assert waits_per_step(engine, log, params) <= 2, str(log)
+    assert engine.stats.draft_tokens > 0
+
+
 def waits_and_rounds(model, log, draft, tokens, options):
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 9, 11, 5, 6]]).to("cuda")
     log.waits.clear()
@@ -76,9 +87,14 @@ def waits_and_rounds(model, log, draft, tokens, options):
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", ["lookup", "model"])
+@pytest.mark.parametrize("name", ["lookup", "model", "head"])
 def test_a_speculative_round(model, log, name, options):
-    """Of two runs the longer waits more: by so much a round. A draft model is asked once more what is left of its cache."""
-    draft = PromptLookupDraft() if name == "lookup" else ModelDraft(model)
+    """Of two runs the longer waits more: by so much a round.
+
+    A draft model is asked once more what is left of its cache, and a head how far it is sure.
+    """
+    head = HeadDraft(DraftHead.for_model(model, torch.arange(3, 90)), 0.02)
+    draft = {"lookup": PromptLookupDraft(), "model": ModelDraft(model), "head": head}[name]
     (few, short), (many, long) = (waits_and_rounds(model, log, draft, n, options) for n in (8, 32))
-    assert many - few <= (1 if name == "lookup" else 2) * (long - short), str(log)
+    last = 1  # round has room for one token: no draft is asked for
+    assert many - few <= (1 if name == "lookup" else 2) * (long - short) + last, str(log)

@@ -22,18 +22,6 @@ KINDS = {
 }
 
 
-# What a few families need to be built this small.
-CHANGES = {
-    "GPTJConfig": {"rotary_dim": 16},
-    "CodeGenConfig": {"rotary_dim": 16},
-    "Mamba2Config": {"head_dim": 32, "n_groups": 1},
-    "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 32},
-    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "Gemma4Config": {"per_layer_config": {}},
-    "Gemma4TextConfig": {"per_layer_config": {}},
-}
-
-
 def families(kind):
     import transformers
 
@@ -53,7 +41,7 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
 
     auto = getattr(transformers, KINDS[kind])
     try:
-        model = tiny_model(config_class, auto=auto, **_changes(config_class))
+        model = tiny_model(config_class, auto=auto)
         inputs = _inputs(model)
         before = _logits(model, inputs)
         if _distance(_logits(_reloaded(model, auto), inputs), before) > 1e-5:
@@ -94,19 +82,6 @@ def quantize_family(config_class, kind="text", scheme="int8", break_layer=False)
     if (error := _distance(_logits(again, inputs), after)) > 1e-5:
         return Outcome("wrong", f"{error:.2g} from before saving")
     return Outcome("served", f"{len(layers)} layers")
-
-
-def _changes(config_class):
-    """Lists with an entry for each layer, cut to the four layers of a tiny model: one of every value."""
-    text = config_class().get_text_config()
-    count = getattr(text, "num_hidden_layers", None)
-    lists = {
-        name: (list(dict.fromkeys(value)) * 4)[:4]
-        for name, value in vars(text).items()
-        if name != "layer_types" and isinstance(value, (list, tuple)) and len(value) == count
-        if all(isinstance(one, (str, int, float)) for one in value)
-    }
-    return {**lists, **CHANGES.get(config_class.__name__, {})}
 
 
 def _reloaded(model, auto):

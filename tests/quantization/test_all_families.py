@@ -46,6 +46,7 @@ def test_the_sweep_sees_wrong_results():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_every_family_is_right_or_refused(scheme):
     found = {kind: dict(try_families(families(kind), work=quantize_family, kind=kind, scheme=scheme)) for kind in KINDS}

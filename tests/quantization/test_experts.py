@@ -9,22 +9,36 @@ from torch import nn
 
 from optinfer.quantization import (
     SCHEMES,
+    CalibrationError,
+    CheckpointError,
     OptinferConfig,
     QuantizedLinear,
+    awq,
+    calibrate,
     gptq,
     memory_footprint,
+    qat,
     quantize,
     save_bitsandbytes,
     save_checkpoint,
+    smoothquant,
 )
-from optinfer.quantization.experts import QuantizedExperts, expert_stacks, quantized_experts, restore_experts
+from optinfer.quantization.experts import (
+    QuantizedExperts,
+    expert_stacks,
+    quantized_experts,
+    restore_experts,
+    separate_experts,
+)
 from optinfer.quantization.footprint import allocated_bytes, empty_model
 from optinfer.quantization.layers import select_layers
+from optinfer.quantization.methods.awq import fold, scaling_groups
 from optinfer.quantization.schemes import resolve_scheme
+from tests.quantization.test_calibrate import TEXT, Letters
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 11, 12, 2]])
 SIZES = {
-    "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_local_experts": 4,
     "num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
@@ -166,24 +180,140 @@ def test_the_trial_sees_owners_that_read_the_whole_stack():
     assert all("forward" not in vars(m) for m in model.modules())
 
 
-class Tokens:
-    bos_token_id = None
-
-    def __call__(self, text, **_):
-        return {"input_ids": [5] * 4000}
+CALIBRATED = ("MixtralConfig", "Qwen3MoeConfig", "GptOssConfig")
 
 
-def test_what_does_not_reach_experts_says_so_and_changes_nothing(tmp_path):
+def walk(model):
+    return calibrate(model, Letters(), TEXT, num_sequences=12, length=48, progress=False)
+
+
+@torch.no_grad()
+def error(model, original):
+    """On the text that the model was calibrated on."""
+    ids = torch.tensor([Letters()(TEXT)["input_ids"][:400]])
+    expected = original(ids).logits
+    return float((model(ids).logits - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("family", CALIBRATED)
+@torch.no_grad()
+def test_an_experts_statistics_are_of_what_is_routed_to_it(family):
+    model = build(family)
+    run = walk(model)
+    routed = []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda _, args: routed.append(args[:2]))
+    model(run.sequences)
+    handle.remove()
+    x, chosen = (torch.cat(parts) for parts in zip(*routed, strict=True))
+    layer = next(iter(run))
+    for i in range(4):
+        mine = x[(chosen == i).any(-1)].double()
+        statistics = layer.statistics[f"mlp.experts.gate_up_proj.{i}"]
+        assert 0 < statistics.tokens == len(mine) < len(x)
+        torch.testing.assert_close(statistics.hessian.double(), 2 * mine.T @ mine / len(mine), rtol=1e-3, atol=1e-4)
+        assert layer.statistics[f"mlp.experts.down_proj.{i}"].tokens == len(mine)
+    separate = layer.module.mlp.experts(x, chosen, torch.full(chosen.shape, 0.5))
+    torch.testing.assert_close(separate, experts(x, chosen, torch.full(chosen.shape, 0.5)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*CALIBRATED, "JetMoeConfig", "Llama4TextConfig"])
+def test_gptq_of_experts(family, tmp_path):
+    original, report = build(family), []
+    model = gptq(copy.deepcopy(original), walk(original), bits=4, group_size=32, report=report)
+    assert sum(".experts." in row["name"] or "_linear" in row["name"] for row in report) >= 16
+    assert all(row["error"] <= row["rtn_error"] for row in report)
+    nearest = quantize(copy.deepcopy(original), "int4", group_size=32, progress=False)
+    assert error(model, original) < 0.95 * error(nearest, original)
+    kinds = {name: type(m) for name, m in model.named_modules()}
+    assert kinds == {name: type(m) for name, m in nearest.named_modules()}
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("family", CALIBRATED)
+@torch.no_grad()
+def test_a_scale_folded_before_a_mixture_reaches_router_and_experts(family):
+    model = build(family)
+    expected = logits(model)
+    separate_experts(model)
+    scaling = scaling_groups(model.model.layers[0])[-1]
+    assert len(scaling.linears) == 4 and len(scaling.routers) == 1
+    fold(model.model.layers[0], scaling, torch.linspace(0.5, 2, 64))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.model.layers[0].mlp.get_submodule(scaling.routers[0].removeprefix("mlp.")).weight.data.neg_()
+    assert (logits(model) - expected).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("family", CALIBRATED)
+def test_awq_and_smoothquant_of_experts(family, recwarn):
+    original = build(family)
+    model = awq(copy.deepcopy(original), walk(original), bits=4, group_size=32, symmetric=True)
+    nearest = quantize(copy.deepcopy(original), "int4", group_size=32, progress=False)
+    assert error(model, original) < error(nearest, original)
+    smooth = smoothquant(copy.deepcopy(original), walk(original))
+    assert error(smooth, original) < 0.15
+    norms = [x.model.layers[1].post_attention_layernorm.weight for x in (original, smooth)]
+    assert not torch.equal(*norms)
+    assert len(list(quantized_experts(smooth))) == len(list(quantized_experts(model))) == 4
+    assert not [w for w in recwarn if "left unscaled" in str(w.message)]
+
+
+def test_experts_trained_with_rounded_weights():
+    original, losses = build("MixtralConfig"), []
+    model = qat(
+        copy.deepcopy(original), Letters(), TEXT, group_size=32, steps=8, length=48, progress=False, losses=losses
+    )
+    assert losses[-1] < losses[0] and len(list(quantized_experts(model))) == 4
+    assert error(model, original) < error(quantize(copy.deepcopy(original), "int4", group_size=32, symmetric=False,
+                                                   progress=False), original)  # fmt: skip
+
+
+def test_an_expert_that_nothing_is_routed_to_is_named():
+    model = build("GptOssConfig")
+    model.model.layers[1].mlp.router.bias.data[2] = -1e4
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"layers.1.mlp.experts.gate_up_proj.2 \(an expert that no token"):
+        gptq(model, walk(model), group_size=32)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_experts_computed_in_a_way_that_cannot_be_followed_are_refused():
     model = build("MixtralConfig")
-    with pytest.raises(ValueError, match=r"stacks of experts .*gate_up_proj.*calibration does not reach"):
-        gptq(model, Tokens(), "text", length=64)
+    separate_experts(model)
+    with pytest.raises(ValueError, match="experts are computed by torch's einsum"):
+        torch.einsum("ni,oi->no", torch.randn(3, 64), model.model.layers[0].mlp.experts.gate_up_proj[0])
+
+
+def test_gpt_oss_in_its_own_format(tmp_path):
+    model = quantize(build("GptOssConfig").bfloat16(), "mxfp4", skip="self_attn", progress=False)
+    save_checkpoint(model, tmp_path / "theirs", "mxfp4")
+    config = transformers.Mxfp4Config(dequantize=True)  # type: ignore[attr-defined]
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "theirs", quantization_config=config, dtype=torch.bfloat16
+    )
+    for name, experts in quantized_experts(model):
+        assert torch.equal(again.get_parameter(name), experts.dequantize())
+    torch.testing.assert_close(logits(again), logits(model), rtol=0.05, atol=0.05)
+    for wrong, skip, match in (
+        (build("GptOssConfig"), (), "expect codes for experts alone"),
+        (build("MixtralConfig"), "self_attn", "hold GPT-OSS's experts"),
+    ):
+        quantize(wrong, "mxfp4", skip=skip, progress=False)
+        with pytest.raises(CheckpointError, match=match):
+            save_checkpoint(wrong, tmp_path / "wrong", "mxfp4")
+
+
+def test_formats_without_experts_say_so_and_changes_nothing(tmp_path):
+    model = build("MixtralConfig")
     quantize(model, "nf4", progress=False)
     for call in (
         lambda: save_checkpoint(model, tmp_path / "a"),
         lambda: save_checkpoint(model, tmp_path / "b", "bitsandbytes"),
         lambda: save_bitsandbytes(model, tmp_path / "c"),
     ):
-        with pytest.raises(ValueError, match="is a stack of quantized experts"):
+        with pytest.raises(ValueError, match="is a stack of quantized experts.* hold 8[0-9]% of the weights"):
             call()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="quantized already"):

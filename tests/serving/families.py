@@ -38,6 +38,13 @@ SPECIAL = {
     "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"], "mamba_d_head": 32},
+    "GPTJConfig": {"rotary_dim": 16},
+    "CodeGenConfig": {"rotary_dim": 16},
+    "Mamba2Config": {"head_dim": 32, "n_groups": 1},
+    "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 32},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Gemma4Config": {"per_layer_config": {}},
+    "Gemma4TextConfig": {"per_layer_config": {}},
 }
 TOKENS = {"pad_token_id": 0, "eos_token_id": 2}
 PROMPTS = (1, 5, 17, 30, 41)
@@ -64,6 +71,7 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
     auto = auto or AutoModelForCausalLM
     config = config_class()
     text = config.get_text_config()
+    lists = _lists_of_layers(text)
     latent = any(_get(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     for usual, names in SIZES.items():
         for name in names:
@@ -72,11 +80,10 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
                 size = {"head_dim": 8, "num_key_value_heads": 4}.get(name, usual)
             if _get(text, name) is not None or (name in NEEDED and _has(text, name)):
                 _set(text, name, size)
-    for name, value in {**TOKENS, **SPECIAL.get(config_class.__name__, {}), **changes}.items():
+    for name, value in {**TOKENS, **lists, **SPECIAL.get(config_class.__name__, {}), **changes}.items():
         _set(text, name, value)
-    kinds = _get(text, "layer_types")
-    if kinds:
-        _set(text, "layer_types", (list(dict.fromkeys(kinds)) * 4)[:4])
+    if kinds := _get(text, "layer_types"):
+        _set(text, "layer_types", _one_of_each(kinds))
     for name in ("vision_config", "audio_config"):
         if (tower := _get(config, name)) is not None:
             _shrink(tower)
@@ -90,6 +97,22 @@ def tiny_model(config_class, seed=0, auto=None, **changes):
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.15)
     return model
+
+
+def _one_of_each(values):
+    """For the four layers of a tiny model: one of every value."""
+    return (list(dict.fromkeys(values)) * 4)[:4]
+
+
+def _lists_of_layers(text):
+    """Other lists with an entry for each layer, for four."""
+    count = _get(text, "num_hidden_layers")
+    return {
+        name: _one_of_each(value)
+        for name, value in vars(text).items()
+        if name != "layer_types" and isinstance(value, (list, tuple)) and len(value) == count
+        if all(isinstance(one, (str, int, float)) for one in value)
+    }
 
 
 def _shrink(tower):

@@ -382,6 +382,9 @@ def _merge_cases(draw: Draw) -> Iterator[Case]:
     yield case("one part", draw.normal(1, 5, 2), draw.normal(1, 5))
     yield case("rows of very different size", draw.normal(2, 2, 3), torch.tensor([[300.0, 0.0], [299.0, 1.0]]))
     yield case("log-sum-exps 300 and 0 in one row", draw.normal(2, 1, 3), torch.tensor([[300.0], [0.0]]))
+    yield case(
+        "four parts of nearly the same weight, far below 0", draw.normal(4, 2, 3), -300 + 0.1 * draw.normal(4, 2)
+    )
 
 
 MERGE = Exercise(
@@ -518,6 +521,7 @@ def _tiled_cases(draw: Draw) -> Iterator[Case]:
         yield case(
             label, size * draw.normal(length, dim), size * draw.normal(length, dim), draw.normal(length, dim), block
         )
+    yield case("scores around -200", draw.normal(12, 16) - 10, draw.normal(12, 16) + 5, draw.normal(12, 16), 5)
 
 
 TILED = Exercise(
@@ -678,18 +682,30 @@ def _next_power_of_2(n: int) -> int:
 def _launch_softmax(kernel: Any, x: Tensor) -> dict[str, Any]:
     """The result, and what the kernel touched that it should not have."""
     rows, columns = x.shape
-    out = torch.full((rows, columns), math.nan)
+    return _launched(kernel, (rows,), torch.empty_like(x), x, ..., columns, BLOCK=_next_power_of_2(columns))
+
+
+def _launched(kernel: Any, grid: tuple[int], out: Tensor, *args: Any, **blocks: int) -> dict[str, Any]:
+    """Launch with `out` in the place of `...`; numbers that no program writes are told from NaN that one computed."""
+    out.view(torch.int32).fill_(_UNWRITTEN)
     with memory_check() as memory:
-        launch(kernel, (rows,), x, out, columns, BLOCK=_next_power_of_2(columns))
-    return {"out": out, "memory": _first_line(memory)}
+        launch(kernel, grid, *(out if arg is ... else arg for arg in args), **blocks)
+    return {
+        "numbers never written": int((out.view(torch.int32) == _UNWRITTEN).sum()),
+        "out": out,
+        "memory": str(memory).splitlines()[0],
+    }
 
 
-def _first_line(report: Any) -> str:
-    return str(report).splitlines()[0]
+_UNWRITTEN = 0x7FC0BEEF  # the bits of a NaN that no arithmetic makes
+
+
+def _launched_reference(out: Tensor) -> dict[str, Any]:
+    return {"numbers never written": 0, "out": out, "memory": "no findings"}
 
 
 def _launch_softmax_reference(x: Tensor) -> dict[str, Any]:
-    return {"out": x.double().softmax(-1).float(), "memory": "no findings"}
+    return _launched_reference(x.double().softmax(-1).float())
 
 
 def _triton_softmax_cases(draw: Draw) -> Iterator[Case]:
@@ -697,6 +713,7 @@ def _triton_softmax_cases(draw: Draw) -> Iterator[Case]:
     yield case("3 rows of 5: the program is wider than the row", draw.normal(3, 5))
     yield case("scores around 500", 500 + 10 * draw.normal(2, 12))
     yield case("all negative, 33 columns", -5 - draw.uniform(4, 33))
+    yield case("scores around -300, 7 columns", -300 + draw.normal(2, 7))
     yield case("one column", draw.normal(3, 1))
 
 
@@ -730,6 +747,12 @@ All you need: `tl.program_id(0)`, `tl.arange(0, BLOCK)`, `tl.load(pointers, mask
         "`row = tl.program_id(0)`; `offsets = tl.arange(0, BLOCK)`; pointers are `x_ptr + row * columns + offsets`; `w = tl.exp(x - tl.max(x, axis=0))`; store `w / tl.sum(w, axis=0)`.",
     ),
     wrong=(
+        Wrong(
+            "the maximum taken with zeros in the missing places",
+            "In a row far below 0 the filling is the largest number, and exp of all others vanishes: 0/0. Fill with -inf.",
+            ('other=-float("inf"))', "other=0.0)"),
+            ("tl.exp(x - tl.max(x, axis=0))", "tl.where(offsets < columns, tl.exp(x - tl.max(x, axis=0)), 0.0)"),
+        ),
         Wrong(
             "the missing numbers filled with 0",
             "exp(0 - max) is not 0: the filling joins the sum. Fill with -inf.",
@@ -787,15 +810,12 @@ def flash_kernel(
 def _launch_flash(kernel: Any, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
     """The result, and what the kernel touched that it should not have."""
     length, dim = q.shape
-    out = torch.full((length, dim), math.nan)
-    grid = (-(-length // block_m),)
-    with memory_check() as memory:
-        launch(kernel, grid, q, k, v, out, length, 1 / math.sqrt(dim), DIM=dim, BLOCK_M=block_m, BLOCK_N=block_n)
-    return {"out": out, "memory": _first_line(memory)}
+    grid, sizes = (-(-length // block_m),), {"DIM": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    return _launched(kernel, grid, torch.empty_like(q), q, k, v, ..., length, 1 / math.sqrt(dim), **sizes)
 
 
 def _launch_flash_reference(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
-    return {"out": _causal_reference(q, k, v), "memory": "no findings"}
+    return _launched_reference(_causal_reference(q, k, v))
 
 
 def _flash_cases(draw: Draw) -> Iterator[Case]:
@@ -813,6 +833,7 @@ def _flash_cases(draw: Draw) -> Iterator[Case]:
             block_m,
             block_n,
         )
+    yield case("scores around -200", draw.normal(16, 16) - 10, draw.normal(16, 16) + 5, draw.normal(16, 16), 16, 16)
 
 
 TRITON_FLASH = Exercise(
@@ -849,6 +870,11 @@ arise. The length need not be a multiple of the tiles.""",
             "the future is visible",
             "Mask the columns that come after the row.",
             ("(columns[None, :] <= rows[:, None]) & (columns[None, :] < length)", "columns[None, :] < length"),
+        ),
+        Wrong(
+            "the tiles before the diagonal left out",
+            "A row sees everything before it: the loop over the keys begins at 0, not at the program's own rows.",
+            ("range(0, length, BLOCK_N)", "range(tl.program_id(0) * BLOCK_M, length, BLOCK_N)"),
         ),
         Wrong(
             "the running maximum is never kept",

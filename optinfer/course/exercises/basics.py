@@ -238,6 +238,7 @@ def _decode_cases(draw: Draw) -> Iterator[Case]:
     yield case("64 sequences", 64, 14e9, 0.1e9, 14e9, 4.8e12, 989e12)
     yield case("2048 short sequences: the cores decide", 2048, 14e9, 1e5, 14e9, 4.8e12, 989e12)
     yield case("a long context", 4, 14e9, 17e9, 14e9, 4.8e12, 989e12)
+    yield case("slow cores: a single sequence keeps them busy", 3, 2e6, 1e4, 4e9, 20e9, 50e9)
     yield case("our model on a laptop", draw.random.randrange(1, 9), 269e6, 2.3e6, 0.27e9, 20e9, 100e9)
 
 
@@ -284,6 +285,16 @@ the arithmetic is done for each sequence. Moving and computing overlap. How long
             "A large enough batch makes the cores the bottleneck.",
             ("max(moving, computing)", "moving"),
         ),
+        Wrong(
+            "the faster of the two",
+            "A step ends when both are done: the slower one decides.",
+            ("max(moving, computing)", "min(moving, computing)"),
+        ),
+        Wrong(
+            "the arithmetic of one sequence",
+            "Each sequence of the batch has its own token to compute; only the weights are shared.",
+            ("batch * flops_per_token", "flops_per_token"),
+        ),
     ),
 )
 
@@ -324,6 +335,7 @@ def _crossover_cases(draw: Draw) -> Iterator[Case]:
     yield case("just never: each request brings as many bytes as the cores can use", 64, 64, 2, 32e9, 1e9)
     yield case("a layer of one weight", 1, 1, 2, 0.25e9, 1e9)
     yield case("a layer of one weight, never", 1, 1, 2, 0.625e9, 1e9)
+    yield case("a batch of two meets the ridge exactly", 4, 4, 2, 1e9, 1e9)
     yield case("random", draw.random.randrange(500, 9000), draw.random.randrange(500, 9000), 2, 3.1e14, 2.03e12)
 
 
@@ -365,6 +377,14 @@ intensity (as in `linear_intensity`) is at least the ridge's.""",
             "the ridge upside down",
             "The ridge is peak / bandwidth: FLOP per byte.",
             ("peak / bandwidth", "bandwidth / peak"),
+        ),
+        Wrong(
+            "one token more than the ridge asks for",
+            "A batch that meets the ridge exactly is large enough: at least the ridge's intensity, not more.",
+            (
+                "math.ceil(ridge * itemsize * inputs * outputs / gain)",
+                "int(ridge * itemsize * inputs * outputs / gain) + 1",
+            ),
         ),
     ),
 )

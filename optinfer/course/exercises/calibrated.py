@@ -685,6 +685,11 @@ Return the alpha with the smallest error, and that error. You may call your `awq
             ("round_trip(weight * scales) / scales", "round_trip(weight * scales)"),
         ),
         Wrong(
+            "multiplied a second time",
+            "What the weights were multiplied with, the activations must be divided by: dividing by s again stands for that.",
+            ("round_trip(weight * scales) / scales", "round_trip(weight * scales) * scales"),
+        ),
+        Wrong(
             "scaled the wrong way round",
             "Loud channels must be multiplied up before rounding, not down.",
             ("round_trip(weight * scales) / scales", "round_trip(weight / scales) * scales"),

@@ -48,8 +48,8 @@ For every token, every layer keeps a key and a value for each key/value head, of
     wrong=(
         Wrong("keys without values", "Both are kept: a factor of 2.", ("2 * layers", "layers")),
         Wrong(
-            "query heads counted",
-            "With GQA several query heads share one key/value head: count kv_heads, not heads.",
+            "as if every query head kept a cache",
+            "With GQA only kv_heads heads do, and each is hidden_size / heads numbers wide.",
             ("kv_heads * (", "heads * ("),
         ),
         Wrong("one layer only", "Each layer has its own keys and values.", ("2 * layers", "2")),

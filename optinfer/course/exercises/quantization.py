@@ -281,6 +281,11 @@ byte = first * 16 + second
             ("codes = torch.cat([codes, codes.new_zeros(1)])", "codes = codes[:-1]"),
         ),
         Wrong(
+            "filled at the front",
+            "The filling belongs behind the last code: in front of the first, every code slips by half a byte.",
+            ("[codes, codes.new_zeros(1)]", "[codes.new_zeros(1), codes]"),
+        ),
+        Wrong(
             "shifting by the wrong amount",
             "Four bits are half a byte: shift by 4. Shifting by 8 pushes the code out of a uint8.",
             ("<< 4", "<< 8"),
@@ -540,23 +545,23 @@ normal distribution, built from two sides so that 0 is exact:
 )
 
 
-def nf4_quantize(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+def nf4_quantize(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize to the nearest of 16 levels, block by block.
 
-    weight: float32 [n], n a multiple of block_size
+    weight: float32 [n], n a multiple of group_size
     levels: float32 [16], sorted, from -1 to 1
-    returns: codes (uint8 [n]: index into levels) and absmax (float32 [n / block_size])
+    returns: codes (uint8 [n]: index into levels) and absmax (float32 [n / group_size])
     """
-    blocks = weight.view(-1, block_size)
+    blocks = weight.view(-1, group_size)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
     codes = (scaled[..., None] - levels).abs().argmin(dim=-1)
     return codes.to(torch.uint8).flatten(), absmax
 
 
-def _nf4_quantize_reference(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = torch.stack([block.abs().max() for block in weight.split(block_size)])
-    scaled = weight / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(block_size)
+def _nf4_quantize_reference(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = torch.stack([block.abs().max() for block in weight.split(group_size)])
+    scaled = weight / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(group_size)
     return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8), absmax
 
 
@@ -591,7 +596,7 @@ The levels are not evenly spaced, so rounding alone cannot find the index. A blo
     hints=(
         "How would you find the nearest of 16 numbers for one weight?",
         "Compute all 16 distances and take the argmin; or search in the 15 midpoints between neighbors.",
-        "`scaled = weight.view(-1, block_size) / absmax[:, None]`\n`codes = (scaled[..., None] - levels).abs().argmin(-1)`",
+        "`scaled = weight.view(-1, group_size) / absmax[:, None]`\n`codes = (scaled[..., None] - levels).abs().argmin(-1)`",
     ),
     wrong=(
         Wrong(
@@ -771,24 +776,24 @@ products of codes is exact in int32 (int8 would wrap around); multiply it with b
 
 
 # --------------------------------------------------------------------------------------------------- the real model
-def pack_weight(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+def pack_weight(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a layer's weight to the bytes that bitsandbytes and this package read.
 
-    weight: float32 [out, in], out * in is a multiple of block_size; its blocks run on from row to row
+    weight: float32 [out, in], out * in is a multiple of group_size; its blocks run on from row to row
     levels: float32 [16], sorted, from -1 to 1
     returns: packed (uint8 [out * in / 2], two codes to a byte, the first one in the high four bits)
-        and absmax (float32 [out * in / block_size])
+        and absmax (float32 [out * in / group_size])
     """
-    blocks = weight.reshape(-1, block_size)
+    blocks = weight.reshape(-1, group_size)
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
     codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
     return (codes[0::2] << 4) | codes[1::2], absmax
 
 
-def _pack_weight_reference(weight: Tensor, block_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = torch.stack([block.abs().max() for block in weight.flatten().split(block_size)])
-    scaled = weight.flatten() / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(block_size)
+def _pack_weight_reference(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = torch.stack([block.abs().max() for block in weight.flatten().split(group_size)])
+    scaled = weight.flatten() / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(group_size)
     nearest = torch.stack([(scaled - level).abs() for level in levels]).argmin(dim=0)
     return _pack_reference(nearest), absmax
 
@@ -798,8 +803,8 @@ def _run_pack(answer: Callable[..., Any], *args: Any) -> Any:
     if not isinstance(args[0], str):
         packed, absmax = answer(*args)
         return {"packed": packed, "absmax": absmax}
-    prompt, new_tokens, block_size = args
-    return _quantized_text(answer, prompt, new_tokens, block_size)
+    prompt, new_tokens, group_size = args
+    return _quantized_text(answer, prompt, new_tokens, group_size)
 
 
 def _run_pack_reference(*args: Any) -> Any:
@@ -810,11 +815,11 @@ def _run_pack_reference(*args: Any) -> Any:
 
 
 @cache
-def _expected_text(prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
-    return _quantized_text(pack_weight, prompt, new_tokens, block_size)
+def _expected_text(prompt: str, new_tokens: int, group_size: int) -> dict[str, Any]:
+    return _quantized_text(pack_weight, prompt, new_tokens, group_size)
 
 
-def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, block_size: int) -> dict[str, Any]:
+def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, group_size: int) -> dict[str, Any]:
     """Replace the linear layers of every second block by the package's, around the answer's bytes; then put them back."""
     from optinfer.course.exercises.real_model import default_model, greedy
     from optinfer.quantization import QuantizedLinear
@@ -826,8 +831,8 @@ def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, bl
     try:
         for linear in linear_layers(model.model.layers[::2]).values():
             weight = linear.weight.detach()
-            packed, absmax = answer(weight.float(), block_size, NF4)
-            q = CodebookTensor(packed.view(-1, 1), absmax, weight.shape, weight.dtype, "nf4", 4, block_size)
+            packed, absmax = answer(weight.float(), group_size, NF4)
+            q = CodebookTensor(packed.view(-1, 1), absmax, weight.shape, weight.dtype, "nf4", 4, group_size)
             layer = QuantizedLinear.from_quantized(q)
             replace_module(model, linear, layer)
             replaced.append((layer, linear))
@@ -873,7 +878,7 @@ weights) by the package's 4-bit layers, which read *your* bytes, and lets the mo
     hints=(
         "You wrote both halves already: `nf4_quantize` and `pack_nibbles`.",
         "Flatten the weight (reshape, it may not be contiguous), quantize it in blocks, pack the codes.",
-        "`codes, absmax = nf4_quantize(weight.reshape(-1), block_size, levels)`\n`return pack_nibbles(codes), absmax`\n"
+        "`codes, absmax = nf4_quantize(weight.reshape(-1), group_size, levels)`\n`return pack_nibbles(codes), absmax`\n"
         "Faster than 16 distances for each weight: `torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)`.",
     ),
     wrong=(
@@ -884,13 +889,13 @@ weights) by the package's 4-bit layers, which read *your* bytes, and lets the mo
         ),
         Wrong(
             "an absmax for each row",
-            "Blocks have block_size numbers, wherever the rows end: reshape to [-1, block_size].",
-            ("weight.reshape(-1, block_size)", "weight"),
+            "Blocks have group_size numbers, wherever the rows end: reshape to [-1, group_size].",
+            ("weight.reshape(-1, group_size)", "weight"),
         ),
         Wrong(
             "blocks down the columns",
             "A weight is read row after row; its columns are far apart in memory.",
-            ("weight.reshape(-1, block_size)", "weight.t().reshape(-1, block_size)"),
+            ("weight.reshape(-1, group_size)", "weight.t().reshape(-1, group_size)"),
         ),
         Wrong(
             "codes not packed",

@@ -262,6 +262,7 @@ def _admit_cases(draw: Draw) -> Iterator[Case]:
     yield case("only one place left", [16, 16, 16], 100, 3, 4, 16)
     yield case("no place left", [16], 100, 4, 4, 16)
     yield case("exactly enough blocks", [17, 16], 3, 0, 4, 16)
+    yield case("prompts that would share blocks", [17, 14, 17], 2, 0, 4, 16)
     yield case("random", [draw.random.randrange(1, 200) for _ in range(12)], 30, 1, 9, 16)
 
 
@@ -338,6 +339,7 @@ def _chunked_cases(draw: Draw) -> Iterator[Case]:
     yield case("a long prompt beside 3 decoding", 3, [1000], 256)
     yield case("two short prompts and a long one", 10, [50, 30, 500], 128)
     yield case("everything fits", 2, [10, 20], 64)
+    yield case("a long prompt before a short one", 4, [90, 10], 64)
     yield case("decoding uses the whole budget", 64, [100], 64)
     yield case("more decoding than budget", 70, [100, 5], 64)
     yield case("no prompts", 5, [], 64)
@@ -415,6 +417,7 @@ def _preempt_cases(draw: Draw) -> Iterator[Case]:
     yield case("nobody has to go", [("a", 4), ("b", 3)], 2, 2)
     yield case("the first is never sent back", [("a", 4), ("b", 1)], 9, 0)
     yield case("one running", [("a", 7)], 1, 0)
+    yield case("what is free and one more are enough", [("a", 4), ("b", 2), ("c", 3), ("d", 4)], 6, 3)
     yield case("random", [(f"s{i}", draw.random.randrange(1, 9)) for i in range(9)], draw.random.randrange(10, 30), 2)
 
 
@@ -454,6 +457,11 @@ must get through.""",
             "everybody goes",
             "If the oldest goes too, nothing runs and nothing gets done.",
             ("reversed(running[1:])", "reversed(running)"),
+        ),
+        Wrong(
+            "what is free already is not counted",
+            "Free blocks are taken first: only what is missing must come from somebody.",
+            ("    victims = []\n", "    victims, free_blocks = [], 0\n"),
         ),
         Wrong(
             "the victims' blocks are not counted",
@@ -501,6 +509,7 @@ def _serve_cases(draw: Draw) -> Iterator[Case]:
     yield case("three requests, two places", [(0, 5), (0, 2), (0, 3)], 2)
     yield case("a late arrival", [(0, 2), (7, 2)], 2)
     yield case("one place", [(0, 2), (1, 3), (1, 1)], 1)
+    yield case("a long request beside short ones", [(0, 9), (0, 1), (0, 1), (0, 1)], 2)
     arrivals = sorted(draw.random.randrange(30) for _ in range(15))
     yield case("15 random requests, four places", [(a, draw.random.randrange(1, 12)) for a in arrivals], 4)
 
@@ -541,9 +550,14 @@ Steps count from 0. A request admitted in step 4 that wants 3 tokens ends in ste
             (" and requests[waiting[0]][0] <= step", ""),
         ),
         Wrong(
-            "steps counted from one",
-            "The first step is 0; a request admitted at s with n tokens ends at s + n - 1.",
+            "everything a step late",
+            "Steps count from 0, a request may start in its step of arrival, and n tokens from step s on end at s + n - 1.",
             ("finished[request] = step", "finished[request] = step + 1"),
+        ),
+        Wrong(
+            "how long instead of when",
+            "Asked is the step of the last token, counted from 0, not the number of steps since the arrival.",
+            ("finished[request] = step", "finished[request] = step + 1 - requests[request][0]"),
         ),
         Wrong(
             "any number at a time",

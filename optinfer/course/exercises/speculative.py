@@ -131,6 +131,11 @@ a drafted token is accepted, over all tokens that may be drafted?""",
             ("torch.minimum(p, q)", "(p * q)"),
         ),
         Wrong(
+            "the whole difference instead of half",
+            "What p has more in some tokens it has less in others: |p - q| counts every difference twice.",
+            ("torch.minimum(p, q).sum(dim=-1)", "(1 - (p - q).abs().sum(dim=-1)).clamp(min=0)"),
+        ),
+        Wrong(
             "the agreement of the most likely tokens",
             "argmax agreement is acceptance for greedy decoding only.",
             ("torch.minimum(p, q).sum(dim=-1)", "(p.argmax(-1) == q.argmax(-1)).to(p.dtype)"),
@@ -464,6 +469,7 @@ def _lookup_cases(draw: Draw) -> Iterator[Case]:
     yield case("a longer match than may be tried", [1, 2, 3, 9, 2, 4, 1, 2], 1, 2)
     yield case("two tokens match, three do not", [5, 6, 1, 9, 6, 2, 5, 6], 3, 2)
     yield case("the only match is an even way back", [1, 2, 7, 3, 7], 3, 2)
+    yield case("three places, the latest is not the commonest", [1, 9, 1, 8, 1, 8, 1, 7, 1], 1, 1)
     yield case("60 random tokens of 4", [draw.random.randrange(4) for _ in range(60)], 3, 6)
 
 
@@ -489,6 +495,14 @@ try a shorter one. The run at the end itself does not count, but an earlier one 
             "the first occurrence instead of the latest",
             "Text near the end is more likely to be what is being continued: search backwards.",
             ("range(len(tokens) - n - 1, -1, -1)", "range(len(tokens) - n)"),
+        ),
+        Wrong(
+            "the commonest continuation",
+            "Count no occurrences: the latest one decides, because text is most like what stands just before it.",
+            (
+                "range(len(tokens) - n - 1, -1, -1)",
+                "sorted(range(len(tokens) - n), key=lambda s: -sum(tokens[s : s + n + num_draft] == tokens[t : t + n + num_draft] for t in range(len(tokens) - n)))",
+            ),
         ),
         Wrong(
             "finding the end itself",
@@ -546,6 +560,7 @@ def _best_length_cases(draw: Draw) -> Iterator[Case]:
     yield case("free drafts, but most are wrong", 0.25, 0.0, [1.0, 1.1, 1.2, 1.3, 1.4])
     yield case("times in milliseconds", 0.75, 4.0, [52.0, 50, 51, 52, 54, 56, 58, 60, 62])
     yield case("a perfect draft", 1.0, 0.1, [1.0] * 6)
+    yield case("two tokens cost twice as much as one, six no more than two", 0.8, 0.02, [1.0, 2, 2, 2, 2, 2])
     yield case("all lengths are equally fast", 1.0, 0.0, [1.0, 2.0, 3.0, 4.0])
 
 
@@ -588,6 +603,14 @@ Not drafting at all (gamma = 0) is one of the choices.""",
             "If plain decoding is faster, the answer is 0.",
             ("best, most = 0, 0.0", "best, most = 1, 0.0"),
             ("rate > most * (1 + 1e-12)", "gamma and rate > most * (1 + 1e-12)"),
+        ),
+        Wrong(
+            "stopping at the first length that does not pay",
+            "The next one may: a pass can be dear for two tokens and no dearer for six. Try every length.",
+            (
+                "            best, most = gamma, rate\n",
+                "            best, most = gamma, rate\n        else:\n            break\n",
+            ),
         ),
         Wrong(
             "the most tokens instead of the most per time",

@@ -61,6 +61,16 @@ E2M1 has. That is 6 = 1.5 · 2², so 2. Return the byte.""",
             (".item() - 1", ".item()"),
         ),
         Wrong(
+            "the power of two above",
+            "6.5 is 1.625 · 2**2: its exponent is that of the power of two below it, or equal to it. Round down.",
+            ("torch.frexp(block.abs().max()).exponent.item() - 1", "block.abs().max().log2().ceil().int().item()"),
+        ),
+        Wrong(
+            "the nearest power of two",
+            "7.99 is 1.9975 · 2**2: its exponent is 2, however near 8 is. Round the logarithm down.",
+            ("torch.frexp(block.abs().max()).exponent.item() - 1", "block.abs().max().log2().round().int().item()"),
+        ),
+        Wrong(
             "the element's exponent forgotten",
             "Divided by its own power of two alone, a block would end at 2, and E2M1 goes to 6.",
             ("exponent - 2", "exponent"),
@@ -344,7 +354,7 @@ and no node of another branch.""",
 def accept_tree(tokens: list[int], parents: list[int], target: list[int]) -> list[int]:
     """The tokens that a pass over a draft tree brings, greedily.
 
-    tokens, parents: of the nodes, -1: the node follows the text
+    tokens, parents: of the nodes, -1: the node follows the text; children of one node are different tokens
     target: what the target says: target[0] behind the text, target[i + 1] behind node i
     returns: the accepted tokens, and the target's own token behind them
     """
@@ -372,6 +382,7 @@ def _accept_cases(draw: Draw) -> Iterator[Case]:
     yield case("the second choice is right", [5, 6, 7], [-1, -1, 1], [6, 0, 7, 9])
     yield case("all of a chain", [1, 2], [-1, 0], [1, 2, 3])
     yield case("nothing right", [1, 2], [-1, 0], [9, 2, 3])
+    yield case("the same token on two branches", [5, 6, 6, 8], [-1, -1, 0, 1], [6, 1, 8, 2, 9])
     yield case("the right token on the wrong branch", [1, 2, 4], [-1, -1, 0], [2, 4, 4, 8])
     yield case("no drafts", [], [], [7])
 
@@ -522,8 +533,8 @@ rounds the finished pieces go around. How many bytes does one process send in al
     ),
     wrong=(
         Wrong(
-            "one all-reduce per layer",
-            "There is one after attention and one after the MLP.",
+            "half of what is sent",
+            "A layer has two all-reduces, after attention and after the MLP; and in each the pieces go around twice.",
             ("2 * layers * 2", "layers * 2"),
         ),
         Wrong(
@@ -533,7 +544,7 @@ rounds the finished pieces go around. How many bytes does one process send in al
         ),
         Wrong(
             "whole messages",
-            "What is passed on in a round is a piece, 1/n of the message.",
+            "What one process passes on in a round is a piece, 1/n of the message.",
             ("message // processes", "message"),
         ),
     ),

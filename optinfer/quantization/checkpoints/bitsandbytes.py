@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optinfer.folders import new_folder
-from optinfer.quantization.experts import refuse_experts
+from optinfer.quantization.checks import CheckpointError
 from optinfer.quantization.formats.codebook import CodebookTensor
 from optinfer.quantization.formats.llm_int8 import Int8Rows
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor
@@ -23,59 +22,20 @@ from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.schemes import Scheme
 
-__all__ = ["load_bitsandbytes", "save_bitsandbytes", "write_bitsandbytes"]
+__all__ = ["convert", "load_bitsandbytes"]
 
 STATE = "weight.quant_state.bitsandbytes__"
 
 
 # ---------------------------------------------------------------------------------------------- writing
-def save_bitsandbytes(model: nn.Module, path: str | Path) -> Path:
-    """Save a model quantized to nf4, fp4 or llm_int8 as a folder that transformers loads with bitsandbytes.
-
-    Args:
-        model: a transformers model from `quantize`.
-        path: a folder; it is written under a temporary name and renamed, replacing one of that name.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the model is not quantized, or by a scheme that bitsandbytes does not have.
-    """
-    path = Path(path)
-    with new_folder(path, replace=True) as folder:
-        write_bitsandbytes(model, folder)
-    return path
-
-
-def write_bitsandbytes(model: nn.Module, folder: Path) -> None:
-    """The same into a folder that exists."""
-    from huggingface_hub import save_torch_state_dict
-
-    refuse_experts(model, "bitsandbytes")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    schemes = {layer.scheme.name for layer in layers.values()}
-    writable = all(issubclass(layer.scheme.format, (CodebookTensor, Int8Rows)) for layer in layers.values())
-    if len(schemes) != 1 or not writable:
-        found = ", ".join(sorted(schemes)) or "none"
-        raise ValueError(f"bitsandbytes has nf4, fp4 and llm_int8; the model's quantized layers: {found}")
-
-    state: dict[str, Tensor] = {}
-    ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer._parameters if key != "bias"}
-    seen: set[int] = set()  # of tensors under two names (tied embeddings), the first name counts
-    for key, value in model.state_dict().items():
-        if key not in ours and value.data_ptr() not in seen:
-            state[key] = value
-            seen.add(value.data_ptr())
-    for name, layer in layers.items():
-        state |= {f"{name}.{key}": value for key, value in layer_tensors(layer.quantized).items()}
-
-    config = model.config.to_dict()
-    config["quantization_config"] = bitsandbytes_config(next(iter(layers.values())).scheme, _left_alone(model))
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=_plain), encoding="utf-8")
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+def convert(layers: dict[str, QuantizedLinear], plain: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stored tensors by full name, and the `quantization_config`. `plain`: linear layers that are not quantized."""
+    schemes = {layer.scheme for layer in layers.values()}
+    if len(schemes) != 1 or not issubclass(next(iter(schemes)).format, (CodebookTensor, Int8Rows)):
+        found = ", ".join(sorted({scheme.name for scheme in schemes}))
+        raise CheckpointError(f"bitsandbytes has nf4, fp4 and llm_int8, one in a folder; the model's layers: {found}")
+    tensors = {f"{name}.{k}": v for name, layer in layers.items() for k, v in layer_tensors(layer.quantized).items()}
+    return tensors, bitsandbytes_config(schemes.pop(), plain)
 
 
 def layer_tensors(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -124,25 +84,15 @@ def bitsandbytes_config(scheme: Scheme, left_alone: list[str]) -> dict[str, Any]
     }
 
 
-def _left_alone(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _plain(value: object) -> object:
-    return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
-
-
 # ---------------------------------------------------------------------------------------------- reading
 def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a folder saved by bitsandbytes through transformers (or by `save_bitsandbytes`) as a quantized
-    model.
+    """Load a folder saved by bitsandbytes through transformers (or by `save_bitsandbytes`) as a quantized model.
 
     Args:
         dtype: of what is not quantized; default: as saved.
 
     Returns:
-        The model in eval mode, with a `QuantizedLinear` for each quantized layer: the same bits, our
-            products.
+        The model in eval mode, with a `QuantizedLinear` for each quantized layer: the same bits, our products.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.

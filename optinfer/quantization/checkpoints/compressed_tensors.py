@@ -39,13 +39,18 @@ def convert(model: Any, layers: dict[str, GridTensor], plain: list[str]) -> tupl
         "dynamic": False,
         "observer": "minmax",
     }
-    group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return tensors, {
+    return tensors, configuration("pack-quantized", weights, plain)
+
+
+def configuration(format: str, weights: dict[str, Any], plain: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model whose linear layers, but for `plain`, are quantized alike."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
         "ignore": plain or ["lm_head"],
-        "config_groups": {"group_0": group_0},
+        "config_groups": {"group_0": group | {"format": format}},
     }
 
 

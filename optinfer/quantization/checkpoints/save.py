@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from optinfer.folders import new_folder
-from optinfer.quantization.checkpoints import awq, compressed_tensors, gptq
-from optinfer.quantization.checkpoints.bitsandbytes import write_bitsandbytes
-from optinfer.quantization.checkpoints.small_floats import convert_blocks
+from optinfer.quantization.checkpoints import awq, bitsandbytes, compressed_tensors, gptq, mxfp4, small_floats
 from optinfer.quantization.checks import CheckpointError
-from optinfer.quantization.experts import refuse_experts
+from optinfer.quantization.experts import quantized_experts, refuse_experts
 from optinfer.quantization.formats.grid import GridTensor
 from optinfer.quantization.formats.small_floats import BlockFloats
 from optinfer.quantization.formats.tensor import QuantizedTensor
@@ -24,10 +23,19 @@ from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.calibrate import decoder_layers
 
-__all__ = ["FORMATS", "CheckpointError", "save_checkpoint"]
+__all__ = ["FORMATS", "CheckpointError", "save_bitsandbytes", "save_checkpoint"]
 
-LAYOUTS = {"compressed-tensors": compressed_tensors.convert, "gptq": gptq.convert, "awq": awq.convert}
-FORMATS = (*LAYOUTS, "bitsandbytes")
+LAYOUTS_OF_DECODERS = {"gptq": gptq.convert, "awq": awq.convert}  # in float16, for layers inside the decoder's
+LAYOUTS = {"compressed-tensors": compressed_tensors.convert, **LAYOUTS_OF_DECODERS}
+FORMATS = (*LAYOUTS, "bitsandbytes", mxfp4.FORMAT)
+
+
+def save_bitsandbytes(model: Any, path: str | os.PathLike[str]) -> Path:
+    """Save a model quantized to nf4, fp4 or llm_int8 as a folder that transformers loads with bitsandbytes.
+
+    See `save_checkpoint`; a folder of that name is replaced.
+    """
+    return save_checkpoint(model, path, "bitsandbytes", replace=True)
 
 
 def save_checkpoint(
@@ -35,53 +43,56 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     format: str = "compressed-tensors",
     tokenizer: Any = None,
+    replace: bool = False,
 ) -> Path:
     """Write a quantized model as a folder that transformers and vLLM load without this package.
 
     Args:
         model: a transformers model whose linears were quantized by `quantize`, `gptq`, `awq`, `qat` …
-        path: the folder to make; it must not exist.
-        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and
-            fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2 … int8), ``"awq"`` (int4),
-            ``"bitsandbytes"`` (nf4, fp4, llm_int8). Quantize with ``symmetric=True`` for compressed-tensors: transformers
-            (5.23, with compressed-tensors 0.20) cannot load affine files, not even those that library writes itself,
-            because it expects zero points unpacked. vLLM and the library's own decompressor read them; writing one warns.
+        path: the folder to make.
+        format: ``"compressed-tensors"`` (int2 … int8; vLLM runs 4 and 8 bits; and fp8, mxfp8, mxfp4, nvfp4), ``"gptq"`` (int2
+            … int8), ``"awq"`` (int4), ``"bitsandbytes"`` (nf4, fp4, llm_int8), ``"mxfp4"`` (GPT-OSS's experts, its attention
+            skipped). Quantize with ``symmetric=True`` for compressed-tensors: transformers (5.23, with compressed-tensors
+            0.20) cannot load affine files, not even those that library writes itself, because it expects zero points
+            unpacked. vLLM and the library's own decompressor read them; writing one warns.
         tokenizer: saved along when given; the generation config always is.
+        replace: whether a folder of that name gives way.
 
     Returns:
         The folder. It appears whole or not at all: everything is written to a temporary neighbour and renamed.
 
     Raises:
-        FileExistsError: `path` exists.
+        FileExistsError: `path` exists and `replace` is False.
         CheckpointError: the model's scheme has no place in the format, or the disk is too small.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     target = Path(path)
-    if target.exists():
+    if target.exists() and not replace:
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
-    layers = {name: m.quantized for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not layers:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    experts = dict(quantized_experts(model))
+    if not layers and not experts:
         raise CheckpointError("the model has no quantized layers: quantize it first (optinfer.quantize, gptq, awq …)")
-    refuse_experts(model, format)
-    _check_readers_layers(model, layers, format)
-    if format == "bitsandbytes":
-        with new_folder(target) as folder:
-            write_bitsandbytes(model, folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        return target
-    blocks = {name: q for name, q in layers.items() if isinstance(q, BlockFloats)}
-    if blocks:
-        tensors, config = convert_blocks(layers, blocks, format, unquantized_layers(model))
-        return _write(model, target, tensors | _other_tensors(model, layers, None), config, tokenizer, None)
-    grids = _uniform(layers, format)
-    if format in ("gptq", "awq"):
-        _check_inside(model, layers, format)
-    tensors, config = LAYOUTS[format](model, grids, unquantized_layers(model))
-    dtype = torch.float16 if format in ("gptq", "awq") else None
-    tensors |= _other_tensors(model, layers, dtype)
-    return _write(model, target, tensors, config, tokenizer, dtype)
+    if format != mxfp4.FORMAT:
+        refuse_experts(model, format)
+        _check_readers_layers(model, layers, format)
+    plain = unquantized_layers(model)
+    weights = {name: layer.quantized for name, layer in layers.items()}
+    dtype = torch.float16 if format in LAYOUTS_OF_DECODERS else None
+    if format == mxfp4.FORMAT:
+        tensors, config = mxfp4.convert(model, list(layers), experts, plain)
+    elif format == "bitsandbytes":
+        tensors, config = bitsandbytes.convert(layers, plain)
+    elif any(isinstance(q, BlockFloats) for q in weights.values()):
+        tensors, config = small_floats.convert(weights, format, plain)
+    else:
+        grids = _uniform(weights, format)
+        if dtype is not None:
+            _check_inside(model, weights, format)
+        tensors, config = LAYOUTS[format](model, grids, plain)
+    tensors |= _other_tensors(model, [*layers, *experts], dtype)
+    return _write(model, target, tensors, config, tokenizer, dtype, replace)
 
 
 def _uniform(layers: dict[str, QuantizedTensor], format: str) -> dict[str, GridTensor]:
@@ -104,13 +115,13 @@ def _uniform(layers: dict[str, QuantizedTensor], format: str) -> dict[str, GridT
         rows_per_word = 32 // q.bits if 32 % q.bits == 0 else 32
         if format != "compressed-tensors" and (q.shape[0] % rows_per_word or q.shape[1] % rows_per_word):
             raise CheckpointError(f"{what}: its shape {tuple(q.shape)} does not fill whole 32-bit words")
-        if format in ("gptq", "awq") and not torch.isfinite(q.scale.half()).all():
+        if format in LAYOUTS_OF_DECODERS and not torch.isfinite(q.scale.half()).all():
             raise CheckpointError(f"{what}: its scales exceed float16, which {format!r} stores")
         grids[name] = q
     return grids
 
 
-def _check_readers_layers(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:
+def _check_readers_layers(model: Any, layers: Iterable[str], format: str) -> None:
     """Raise CheckpointError where a reader, who builds the model from its configuration, finds no `nn.Linear` to fill."""
     with torch.device("meta"):
         built = type(model)(model.config)
@@ -122,7 +133,7 @@ def _check_readers_layers(model: Any, layers: dict[str, QuantizedTensor], format
             )
 
 
-def _check_inside(model: Any, layers: dict[str, QuantizedTensor], format: str) -> None:
+def _check_inside(model: Any, layers: Iterable[str], format: str) -> None:
     """Raise CheckpointError for quantized layers where readers of GPTQ and AWQ files do not look."""
     try:
         prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
@@ -135,7 +146,7 @@ def _check_inside(model: Any, layers: dict[str, QuantizedTensor], format: str) -
         )
 
 
-def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _other_tensors(model: Any, layers: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Embeddings, norms, biases and heads; a tensor that several names share is stored once, under the first."""
     prefixes = tuple(f"{name}.weight" for name in layers)
     tensors: dict[str, Tensor] = {}
@@ -158,19 +169,25 @@ def _other_tensors(model: Any, layers: dict[str, QuantizedTensor], dtype: torch.
 
 
 def _write(
-    model: Any, target: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Any, dtype: torch.dtype | None
+    model: Any,
+    target: Path,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    replace: bool,
 ) -> Path:
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with new_folder(target) as folder:
+    with new_folder(target, replace) as folder:
         free = shutil.disk_usage(folder).free
         if free < 1.05 * size:
             raise CheckpointError(
                 f"the checkpoint takes {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB free"
             )
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
         settings = json.loads(model.config.to_json_string(use_diff=False))
         settings["quantization_config"] = config
         settings["architectures"] = [type(model).__name__]

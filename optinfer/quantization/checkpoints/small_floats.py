@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.quantization.checkpoints.compressed_tensors import configuration
 from optinfer.quantization.checks import CheckpointError
 from optinfer.quantization.formats.small_floats import BlockFloats, file_order
 from optinfer.quantization.formats.tensor import QuantizedTensor
 
-__all__ = ["convert_blocks"]
+__all__ = ["convert"]
 
 _FORMATS = {
     "fp8": "naive-quantized",
@@ -31,18 +32,14 @@ _FORMATS = {
 }
 
 
-def convert_blocks(
-    layers: dict[str, QuantizedTensor], blocks: dict[str, BlockFloats], format: str, plain: list[str]
+def convert(
+    layers: dict[str, QuantizedTensor], format: str, plain: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stored tensors by full name, and the `quantization_config`.
-
-    Args:
-        layers: all quantized layers; `blocks`: those of small floats.
-        format: must be compressed-tensors.
-        plain: names of linear layers that are not quantized.
+    """Stored tensors by full name, and the `quantization_config`. `plain`: linear layers that are not quantized.
 
     Raises CheckpointError: another format; layers of several schemes; columns that do not fill blocks.
     """
+    blocks = {name: q for name, q in layers.items() if isinstance(q, BlockFloats)}
     first_name, first = next(iter(blocks.items()))
     kind = first.scheme
     if format != "compressed-tensors":
@@ -69,14 +66,7 @@ def convert_blocks(
     }
     if first.format.block:
         weights["scale_dtype"] = weights["zp_dtype"] = str(first.format.scale)
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return tensors, {
-        "quant_method": "compressed-tensors",
-        "format": _FORMATS[kind],
-        "quantization_status": "compressed",
-        "ignore": plain or ["lm_head"],
-        "config_groups": {"group_0": group | {"format": _FORMATS[kind]}},
-    }
+    return tensors, configuration(_FORMATS[kind], weights, plain)
 
 
 def _strategy(q: Any) -> str | None:

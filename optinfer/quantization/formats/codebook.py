@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight
-from optinfer.quantization.checks import check_choice, check_group_size, check_weight, refuse_options
+from optinfer.quantization.checks import check_choice, check_weight, refuse_options
 from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, Stored, unpack_bits
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
 from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
@@ -28,10 +28,14 @@ __all__ = ["CodebookTensor", "dequantize_4bit", "quantize_4bit"]
 # Quantize this many weights at a time: temporaries stay small, and threads have enough to do between two barriers.
 # A multiple of every block size.
 CHUNK = 1 << 18
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in bitsandbytes
 
 
 class CodebookTensor(QuantizedTensor):
-    """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor."""
+    """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor.
+
+    `packed` is uint8 ``[(out * in + 1) // 2, 1]``, `scale` the blocks' absmax, float32 ``[blocks]``, or a `NestedScale`.
+    """
 
     SCALE = "absmax"
 
@@ -40,7 +44,7 @@ class CodebookTensor(QuantizedTensor):
         refuse_options(scheme, options, "double_quant")
         if group_size is None:
             group_size = scheme.group_size
-        check_group_size(group_size)  # type: ignore[arg-type]
+        check_choice(group_size, GROUP_SIZES, "group_size")
         return replace(scheme, group_size=int(group_size), double_quant=options["double_quant"])
 
     @classmethod
@@ -117,6 +121,8 @@ class CodebookTensor(QuantizedTensor):
         )  # fmt: skip
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
+        if len(self.shape) != 2:
+            return None
         nested, scale = None, self.scale
         if isinstance(scale, NestedScale):
             nested, scale = (dynamic_table(), scale.absmax, scale.offset), scale.codes
@@ -141,15 +147,14 @@ def quantize_4bit(
             bits per weight at block size 64.
 
     Returns:
-        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high
-            nibble.
+        A QuantizedTensor: `packed` uint8 ``[(n + 1) // 2, 1]``, two codes a byte, the first in the high nibble.
 
     Raises:
         TypeError: `weight` is no tensor of those dtypes.
         ValueError: empty, NaN or Inf inside; unknown `quant_type` or `group_size`.
     """
     check_choice(quant_type, tuple(CODEBOOKS), "quant_type")
-    check_group_size(group_size)
+    check_choice(group_size, GROUP_SIZES, "group_size")
     check_weight(weight, ndim=None)
 
     flat = weight.detach().reshape(-1)
@@ -199,9 +204,8 @@ def nest(absmax: Tensor) -> NestedScale:
 def _nearest_codes(values: Tensor, quant_type: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8 ``[n]``) and absmax (float32 ``[blocks]``) of a flat float32 tensor.
 
-    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``,
-    a short
-    last block is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
+    A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``, a short last block
+    is divided by it: the two differ in the last bit, and this is how bitsandbytes does it.
     """
     full = len(values) // group_size * group_size
     blocks = values[:full].view(-1, group_size)
@@ -260,14 +264,8 @@ def _code_of_zero(quant_type: str) -> int:
     return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))
 
 
-_PAIRS: dict[tuple[str, str], Tensor] = {}
-
-
+@cache
 def _pairs(scheme: str, device: torch.device) -> Tensor:
     """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
-    key = (scheme, str(device))
-    if key not in _PAIRS:
-        code = codebook(scheme, device)
-        byte = torch.arange(256, device=device)
-        _PAIRS[key] = torch.stack([code[byte >> 4], code[byte & 15]], 1)
-    return _PAIRS[key]
+    code, byte = codebook(scheme, device), torch.arange(256, device=device)
+    return torch.stack([code[byte >> 4], code[byte & 15]], 1)

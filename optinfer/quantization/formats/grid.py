@@ -22,7 +22,19 @@ BITS = (2, 3, 4, 8)
 
 
 class GridTensor(QuantizedTensor):
-    """int2 … int8: ``value = (code - zero_point) * scale``, a scale per group of a row, per row, or one in all."""
+    """int2 … int8: ``value = (code - zero_point) * scale``, a scale per group of a row, per row, or one in all.
+
+    `packed` is uint8 ``[out, ceil(in * bits / 8)]`` (symmetric 8 bits: signed int8 ``[out, in]``), `scale` ``[out, groups]``,
+    ``[out, 1]`` or ``[1, 1]`` in the weight's dtype.
+
+    Attributes:
+        zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric codes have the
+            fixed zero ``2 ** (bits - 1)``.
+        group_index: int32 ``[in]``, the group of each column, where groups are not consecutive columns (GPTQ's activation
+            order); None otherwise.
+    """
+
+    OTHERS = ("zero_point", "group_index")
 
     @classmethod
     def from_codes(
@@ -35,16 +47,13 @@ class GridTensor(QuantizedTensor):
         dtype: torch.dtype,
         group_index: Tensor | None = None,
     ) -> GridTensor:
-        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ,
-        AWQ…).
+        """Pack unsigned integer codes ``[out, in]`` that somebody else computed (round to nearest, GPTQ, AWQ…).
 
         Args:
             codes: integers in ``0 … 2**bits - 1``.
-            scale: ``[out, groups]`` (or ``[out, 1]``, ``[1, 1]``), kept in the dtype it comes in.
-            zero_point: unsigned integers, shape of `scale`, or None: symmetric around ``2 ** (bits - 1)``.
-            group_size: columns per scale.
-            dtype: of the restored tensor.
-            group_index: int ``[in]``, see the class.
+            scale: kept in the dtype it comes in.
+            zero_point: unsigned integers, shape of `scale`, or None: symmetric.
+            group_size, dtype, group_index: see the class.
         """
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
             raise ValueError(f"codes must lie in 0 … {(1 << bits) - 1} for bits={bits}")
@@ -148,9 +157,7 @@ class GridTensor(QuantizedTensor):
 def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
     """How many columns share a scale: 0 for the whole tensor.
 
-    Args:
-        group_size: a positive int; ``"channel"`` or -1: a row; ``"tensor"`` or None: everything.
-        shape: of the weight.
+    `group_size`: a positive int; ``"channel"`` or -1: a row; ``"tensor"`` or None: everything.
     """
     if group_size in ("tensor", None):
         return 0
@@ -164,16 +171,13 @@ def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
 def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers ``low … high``.
 
-    Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: the grid
-        has as many
-    steps up as down, so one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) /
-    (2**bits - 1)`` over a range widened to hold 0, zero point an integer code, so that 0.0 is restored
-    exactly.
+    Symmetric: ``scale = max(|low|, |high|) / (2**(bits-1) - 1)``, zero fixed at ``2**(bits-1)``: as many steps up as down, so
+    one of the ``2**bits`` codes stays unused. Affine: ``scale = (high - low) / (2**bits - 1)`` over a range widened to hold
+    0, zero point an integer code, so that 0.0 is restored exactly.
 
     Args:
         low, high: float32, any one shape.
-        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is
-            stored.
+        dtype: the scale is rounded to it *before* codes are chosen, so that they fit the scale that is stored.
 
     Returns:
         scale (`dtype`) and zero point (float32 integers), shape of `low`.

@@ -37,9 +37,10 @@ class Int8Activations:
 
 
 class Int8Rows(QuantizedTensor):
-    """llm_int8: ``value = code * absmax / 127``, an absmax per row."""
+    """llm_int8: ``value = code * absmax / 127``, an absmax per row: `packed` int8 ``[out, in]``, `scale` float32 ``[out]``."""
 
     SCALE = "absmax"
+    LOOKS_AT_INPUTS = True
 
     @classmethod
     def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
@@ -83,9 +84,8 @@ def quantize_int8(weight: Tensor) -> QuantizedTensor:
 def quantize_activations(x: Tensor, threshold: float = 6.0) -> Int8Activations:
     """Quantize activations ``[tokens, features]`` to int8, one absmax per token, outliers aside.
 
-    An element with ``|x| >= threshold`` is left out of its token's absmax; with more than one token, its
-    whole feature is zeroed in all of them (`int8_matmul` adds it back in 16 bits). A threshold of 0 means
-    no outliers.
+    An element with ``|x| >= threshold`` is left out of its token's absmax; with more than one token, its whole feature is
+    zeroed in all of them (`int8_matmul` adds it back in 16 bits). A threshold of 0 means no outliers.
     """
     x = x.clamp(-FP16_MAX, FP16_MAX).half().float()  # int8 steps are 8 times coarser than fp16's
     none = torch.empty(0, dtype=torch.int64, device=x.device)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optinfer.cpu import CpuWeight
+from optinfer.cpu import kernels
 from optinfer.cpu import linear as cpu_linear
 from optinfer.quantization.checks import check_choice
-from optinfer.quantization.formats.cpu import cpu_pays
-from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
+from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays, scaled_matmul, scaled_pays
 from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 __all__ = ["dequantized_matmul", "layer_matmul", "quantized_matmul"]
 
@@ -45,36 +43,34 @@ def quantized_matmul(
     if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":
-        weight = as_kernel_weight(q)
-        if weight is None:
-            raise ValueError(f"backend 'triton' cannot take {q!r}; use 'dequantize'")
-        return kernel_matmul(x, weight, bias)
+        if (weight := as_kernel_weight(q)) is not None:
+            return kernel_matmul(x, weight, bias)
+        if (small := q.scaled_weight()) is not None:
+            return scaled_matmul(x, *small, bias)
+        raise ValueError(f"backend 'triton' cannot take {q!r}; use 'dequantize'")
     if backend == "auto" and kernel_pays(x) and (weight := as_kernel_weight(q)) is not None:
         return kernel_matmul(x, weight, bias)
+    if backend == "auto" and scaled_pays(x) and (small := q.scaled_weight()) is not None:
+        return scaled_matmul(x, *small, bias)
     return dequantized_matmul(x, q, bias)
 
 
-class QuantizedLayer(Protocol):
-    """A layer that remembers how the kernels read its weight."""
-
-    bias: Any
-    scheme: Any
-
-    @property
-    def quantized(self) -> QuantizedTensor: ...
-    def cpu_weight(self) -> CpuWeight | None: ...
-    def gpu_weight(self) -> QuantizedWeight | None: ...
-
-
-def layer_matmul(x: Tensor, layer: QuantizedLayer) -> Tensor:
-    """`quantized_matmul` with a layer's weight: by the kernels of the device where they pay for this input and read the
-    layout, else by the formula.
+def layer_matmul(x: Tensor, layer: Any) -> Tensor:
+    """`quantized_matmul` with a `QuantizedLinear`, which remembers how the kernels read its weight: by those of the device
+    where they pay for this input and read the layout, else by the formula.
     """
     if x.is_cuda and kernel_pays(x) and (on_gpu := layer.gpu_weight()) is not None:
         return kernel_matmul(x, on_gpu, layer.bias)
     if cpu_pays(x) and (on_cpu := layer.cpu_weight()) is not None:
         return cpu_linear(x, on_cpu)
     return quantized_matmul(x, layer.quantized, layer.bias, layer.scheme.threshold)
+
+
+def cpu_pays(x: Tensor) -> bool:
+    """Whether the C++ kernels (`optinfer.cpu`) are for this input: 16 bits on a CPU, no gradient wanted, a compiler here."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad) and kernels() is not None
 
 
 def dequantized_matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ grid begins exactly at the smallest weight instead. Source: ggml's ``quantize_ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,8 @@ class Q41Tensor(QuantizedTensor):
     Attributes:
         minimum: fp16, the shape of `scale`.
     """
+
+    OTHERS = ("minimum",)
 
     minimum: Tensor | None = None
 
@@ -89,19 +91,8 @@ class Q41Tensor(QuantizedTensor):
         groups: Stored = ((rows, -(-columns // GROUP)), torch.float16)
         return {"packed": ((rows, packed_width(columns, 4)), torch.uint8), "scale": groups, "minimum": groups}
 
-    @classmethod
-    def assemble(
-        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> QuantizedTensor:
-        return replace(super().assemble(scheme, tensors, shape, dtype), minimum=tensors["minimum"])  # type: ignore[call-arg]
-
     def settled_group(self) -> int:
         return GROUP
-
-    def tensors(self) -> dict[str, Tensor]:
-        assert isinstance(self.scale, Tensor)
-        assert self.minimum is not None
-        return {"packed": self.packed, "scale": self.scale, "minimum": self.minimum}
 
     def codes(self) -> Tensor:
         return unpack_bits(self.packed, 4, self.shape[1])
@@ -120,7 +111,3 @@ class Q41Tensor(QuantizedTensor):
         assert isinstance(self.scale, Tensor)
         columns = self.shape[1]
         return CpuWeight.linear_codes(self.packed, columns, 4, GROUP, self.scale, bias=bias, minimum=self.minimum)
-
-    def to(self, device: torch.device | str) -> Q41Tensor:
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)

@@ -94,6 +94,8 @@ class BlockFloats(QuantizedTensor):
         tensor_scale: NVFP4 only, float32 ``[1]``: scales are stored times this number.
     """
 
+    OTHERS = ("tensor_scale",)
+
     tensor_scale: Tensor | None = None
 
     @classmethod
@@ -110,15 +112,16 @@ class BlockFloats(QuantizedTensor):
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
-        return stored_blocks(BLOCK_FORMATS[scheme.name], scheme.group_size, shape)
-
-    @classmethod
-    def assemble(
-        cls, scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> QuantizedTensor:
-        q = super().assemble(scheme, tensors, shape, dtype)
-        q.group_size = scheme.group_size if scheme.group_size > 0 else shape[1]
-        return replace(q, tensor_scale=tensors.get("tensor_scale"))  # type: ignore[call-arg]
+        form, (rows, columns) = BLOCK_FORMATS[scheme.name], shape
+        width = packed_width(columns, 4) if form.bits == 4 else columns
+        if form.block:
+            scale = (rows, -(-columns // form.block))
+        elif scheme.group_size == TILE:
+            scale = (-(-rows // TILE), -(-columns // TILE))
+        else:
+            scale = (1, 1) if scheme.group_size == -1 else (rows, 1)
+        stored: dict[str, Stored] = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
+        return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})
 
     def settled_group(self) -> int:
         assert isinstance(self.scale, Tensor)
@@ -128,11 +131,6 @@ class BlockFloats(QuantizedTensor):
     @property
     def format(self) -> BlockFormat:
         return BLOCK_FORMATS[self.scheme]
-
-    def tensors(self) -> dict[str, Tensor]:
-        assert isinstance(self.scale, Tensor)
-        stored = {"packed": self.packed, "scale": self.scale}
-        return stored if self.tensor_scale is None else stored | {"tensor_scale": self.tensor_scale}
 
     def codes(self) -> Tensor:
         """Bit patterns, uint8, in the tensor's shape."""
@@ -149,34 +147,47 @@ class BlockFloats(QuantizedTensor):
         return scale if self.tensor_scale is None else scale / self.tensor_scale
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        width, scales = self.shape[1], self.scales()
         if self.bits == 4:
             table = torch.tensor(E2M1, device=self.device)
-            values = table[unpack_bits(self.packed[start:stop], 4, width).int()]
+            values = table[unpack_bits(self.packed[start:stop], 4, self.shape[1]).int()]
         else:
             values = self.packed[start:stop].float()
+        return (values * self.scales_of_weights(start, stop)).to(dtype or self.dtype)
+
+    def scales_of_weights(self, start: int, stop: int) -> Tensor:
+        """The scale of each weight in some rows, broadcastable to them."""
+        scales = self.scales()
         if scales.shape[0] == self.shape[0]:
             scales = scales[start:stop]
-        elif scales.shape[0] > 1:  # tiles
+        elif scales.numel() > 1:  # tiles
             scales = scales.repeat_interleave(TILE, 0)[start:stop]
         if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(self.group_size, 1)[:, :width]
-        return (values * scales).to(dtype or self.dtype)
+            scales = scales.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
+        return scales
 
     def kernel_weight(self) -> QuantizedWeight | None:
         if self.bits == 8 or self.shape[1] % self.group_size:
             return None
         return QuantizedWeight(self.packed, self.scales(), self.group_size, E2M1)  # a codebook, scales in float32
 
+    def scaled_weight(self) -> tuple[Tensor, Tensor] | None:
+        """E4M3 with a scale per block, row or tensor. The kernel for codebooks reads MXFP4; NVFP4's instruction wants activations
+        in four bits too, and ours stay in sixteen.
+        """
+        if self.packed.dtype != E4M3 or self.shape[1] % (self.format.block or 1):
+            return None
+        assert isinstance(self.scale, Tensor)
+        if self.format.block:
+            return self.packed, self.scale
+        if self.settled_group() == TILE:
+            return None
+        return self.packed, self.scale.expand(self.shape[0], 1)
+
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         if self.bits == 8 or self.shape[1] % self.group_size:
             return None
         shape, scales = (self.shape[0], self.shape[1]), self.scales().view(-1)
         return CpuWeight.codebook_codes(self.packed, shape, self.group_size, torch.tensor(E2M1), scales, bias=bias)
-
-    def to(self, device: torch.device | str) -> BlockFloats:
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
 
 
 def quantize_blocks(
@@ -219,8 +230,7 @@ def quantize_blocks(
     q = BlockFloats(
         x, scale.contiguous(), weight.shape, weight.dtype, scheme, form.bits, block, tensor_scale=tensor_scale
     )
-    spread = _spread(q)
-    q.packed = _round(x / spread, form)
+    q.packed = _round(x / q.scales_of_weights(0, len(x)), form)
     return q
 
 
@@ -255,16 +265,6 @@ def _fp8_absmax(x: Tensor, group_size: int | str | None) -> tuple[int, Tensor]:
     return x.shape[1], x.abs().amax(1, keepdim=True)
 
 
-def _spread(q: BlockFloats) -> Tensor:
-    """The scale of every weight, broadcastable to the tensor."""
-    scales = q.scales()
-    if 1 < scales.shape[0] < q.shape[0] or (scales.shape[0] == 1 < scales.shape[1]):
-        scales = scales.repeat_interleave(TILE, 0)[: q.shape[0]]
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(q.group_size, 1)[:, : q.shape[1]]
-    return scales
-
-
 def _round(x: Tensor, form: BlockFormat) -> Tensor:
     """Numbers in units of their scale to codes, ties to even, beyond the largest: the largest."""
     if form.element != "e2m1":
@@ -276,17 +276,3 @@ def _round(x: Tensor, form: BlockFormat) -> Tensor:
     codes |= (x < 0).to(torch.uint8) << 3
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, 0::2] << 4 | codes[:, 1::2]
-
-
-def stored_blocks(form: BlockFormat, group_size: int, shape: tuple[int, int]) -> dict[str, Stored]:
-    """Shape and dtype of what `quantize_blocks` stores. `group_size` 0: a row; -1: the tensor; 128 of fp8: tiles."""
-    rows, columns = shape
-    width = packed_width(columns, 4) if form.bits == 4 else columns
-    if form.block:
-        scale = (rows, -(-columns // form.block))
-    elif group_size == TILE:
-        scale = (-(-rows // TILE), -(-columns // TILE))
-    else:
-        scale = (1, 1) if group_size == -1 else (rows, 1)
-    stored = {"packed": ((rows, width), form.dtype), "scale": (scale, form.scale)}
-    return stored | ({"tensor_scale": ((1,), torch.float32)} if form.scale == E4M3 else {})

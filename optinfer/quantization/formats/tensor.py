@@ -1,14 +1,7 @@
 """What all formats share: packed codes, their scales, and how to get real numbers back.
 
-Two families of formats, beside LLM.int8() and small floats:
-
-* *linear* codes (``int2`` … ``int8``): ``value = (code - zero_point) * scale``, one scale per group of
-  consecutive weights of a row, per row ("channel"), or for the whole tensor ("tensor");
-* *codebook* codes (``nf4``, ``fp4``): ``value = codebook[code] * absmax``, one absmax per block of
-  consecutive weights of the flattened tensor, the layout of bitsandbytes.
-
-Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest
-bits of the first byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
+Codes narrower than a byte are packed as one big-endian stream of bits: the first code sits in the highest bits of the first
+byte, so two 4-bit codes share a byte with the *first one in the high nibble*.
 """
 
 from __future__ import annotations
@@ -101,6 +94,10 @@ class NestedScale:
 
     BLOCK = 256
 
+    def to(self, device: torch.device | str) -> NestedScale:
+        """A copy on `device`."""
+        return NestedScale(self.codes.to(device), self.absmax.to(device), self.offset.to(device))
+
     def restore(self) -> Tensor:
         """The absmax values, float32 ``[blocks]``."""
         values = dynamic_table(self.codes.device)[self.codes.int()]
@@ -113,23 +110,19 @@ class QuantizedTensor:
     """A matrix ``[out, in]`` stored in few bits, with everything needed to restore it. Each format is a subclass.
 
     Attributes:
-        packed: the codes. Linear: uint8 ``[out, ceil(in * bits / 8)]`` (signed int8 ``[out, in]`` for
-            symmetric 8-bit). Codebook: uint8 ``[(out * in + 1) // 2, 1]``.
-        scale: linear: ``[out, groups]``, ``[out, 1]`` or ``[1, 1]`` in the weight's dtype (``llm_int8``:
-            the rows' absmax, float32 ``[out]``). Codebook: float32 absmax ``[blocks]``, or a `NestedScale`.
-        shape: of the restored tensor.
-        dtype: of the restored tensor.
-        scheme: ``int2 int3 int4 int8 llm_int8 nf4 fp4``.
+        packed: the codes, and `scale`: their scales, shaped as the format says.
+        shape, dtype: of the restored tensor.
+        scheme: a key of `SCHEMES`.
         bits: of one code.
-        group_size: weights that share a scale (codebook: consecutive in the flattened tensor; linear: in a
-            row).
-        zero_point: affine only: packed like the codes, uint8 ``[out, ceil(groups * bits / 8)]``. Symmetric
-            codes have the fixed zero ``2 ** (bits - 1)``.
-        group_index: int32 ``[in]``, the group of each input column, where groups are not consecutive columns
-            (GPTQ's activation order); None otherwise.
+        group_size: weights that share a scale.
+        zero_point, group_index: see `GridTensor`.
     """
 
     SCALE: ClassVar[str] = "scale"  # what the stored scales are called
+    OTHERS: ClassVar[tuple[str, ...]] = ()  # attributes that are stored, too, where they are not None
+    LOOKS_AT_INPUTS: ClassVar[bool] = (
+        False  # which work a product is depends on its input's values, as in no CUDA graph
+    )
 
     packed: Tensor
     scale: Tensor | NestedScale
@@ -169,9 +162,8 @@ class QuantizedTensor:
             dtype=dtype,
             scheme=scheme.name,
             bits=scheme.bits,
-            group_size=scheme.group_size or shape[1],
-            zero_point=tensors.get("zero_point"),
-            group_index=tensors.get("group_index"),
+            group_size=scheme.group_size if scheme.group_size > 0 else shape[1],
+            **{name: tensors.get(name) for name in cls.OTHERS},
         )
 
     def settled_group(self) -> int:
@@ -190,11 +182,8 @@ class QuantizedTensor:
             }
         else:
             stored[self.SCALE] = self.scale
-        if self.zero_point is not None:
-            stored["zero_point"] = self.zero_point
-        if self.group_index is not None:
-            stored["group_index"] = self.group_index
-        return stored
+        others = {name: getattr(self, name) for name in self.OTHERS}
+        return stored | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -220,9 +209,7 @@ class QuantizedTensor:
 
     @property
     def absmax(self) -> Tensor:
-        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is
-        nested.
-        """
+        """Largest magnitude of each block (codebook) or row (``llm_int8``), float32, restored if it is nested."""
         if self.SCALE != "absmax":
             raise AttributeError(f"scheme {self.scheme!r} has .scale, not .absmax")
         return self.scale.restore() if isinstance(self.scale, NestedScale) else self.scale
@@ -233,9 +220,7 @@ class QuantizedTensor:
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default:
-        `self.dtype`).
-        """
+        """The restored tensor. Products are formed in float32 and rounded once to `dtype` (default: `self.dtype`)."""
         dtype = dtype or self.dtype
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows, slab in self.slabs(dtype):
@@ -258,6 +243,10 @@ class QuantizedTensor:
         """The tensors as the Triton kernels read them, nothing copied; None for layouts that they do not read."""
         return None
 
+    def scaled_weight(self) -> tuple[Tensor, Tensor] | None:
+        """Codes and scales as `optinfer_kernels.scaled_matmul` reads them; None for layouts that it does not read."""
+        return None
+
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         """The tensors as the C++ kernels read them, nothing copied; None for layouts that they do not read."""
         return None
@@ -265,18 +254,8 @@ class QuantizedTensor:
     # ---- moving it
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """A copy on `device`."""
-        scale = self.scale
-        if isinstance(scale, NestedScale):
-            scale = NestedScale(scale.codes.to(device), scale.absmax.to(device), scale.offset.to(device))
-        else:
-            scale = scale.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            scale=scale,
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
-            group_index=None if self.group_index is None else self.group_index.to(device),
-        )
+        stored = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, NestedScale))}
+        return replace(self, **{name: value.to(device) for name, value in stored.items()})  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return (

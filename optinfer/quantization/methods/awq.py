@@ -21,12 +21,10 @@ from torch.utils._pytree import tree_map
 
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import (
-    Calibration,
     CalibrationLayer,
     add_gram,
     calibrate,
-    check_groups,
-    install,
+    quantize_layers,
 )
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.grid import Grid
@@ -39,7 +37,6 @@ __all__ = [
     "gain_offset",
     "scaling_groups",
     "search_scale",
-    "unquantized_parameters",
 ]
 
 ALPHAS = tuple(i / 20 for i in range(20))  # the paper's grid: s = mean|x|^alpha
@@ -57,18 +54,20 @@ class Scaling:
         previous: a norm, or the linear layer whose output feeds `linears` element by element.
         linears: the layers whose input channels are scaled.
         block: the module whose output error chooses the scale.
+        routers: modules whose `weight` takes the same input and is not quantized.
     """
 
     previous: str
     linears: tuple[str, ...]
     block: str
+    routers: tuple[str, ...] = ()
 
 
 def scaling_groups(layer: nn.Module) -> list[Scaling]:
-    """Where a scale can be folded in a decoder layer named as in Llama, Qwen, Mistral and Gemma.
+    """Where a scale can be folded in a decoder layer named as in Llama, Qwen, Mistral, Gemma, and Mixtral.
 
     ``o_proj`` is left out with grouped-query attention: several of its input channels come from one row of ``v_proj``,
-    which can absorb only one factor.
+    which can absorb only one factor. So are the second matrices of experts, which follow on a gate.
 
     Raises:
         ValueError: the layer is built in another way.
@@ -78,15 +77,20 @@ def scaling_groups(layer: nn.Module) -> list[Scaling]:
     before_mlp = next((name for name in names if name in modules), names[-1])
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     gated = ("mlp.gate_proj", "mlp.up_proj")
-    needed = {"input_layernorm", before_mlp, *attention, *gated, "self_attn.o_proj", "mlp.down_proj"}
+    mixture = "mlp.experts" in modules
+    needed = {"input_layernorm", before_mlp, *attention, "self_attn.o_proj"}
+    if not mixture:
+        needed |= {*gated, "mlp.down_proj"}
     if missing := sorted(needed - modules.keys()):
         raise ValueError(f"AWQ does not know how {type(layer).__name__} is wired: it has no {', '.join(missing)}")
     groups = [Scaling("input_layernorm", attention, "self_attn")]
     if modules["self_attn.v_proj"].weight.shape == modules["self_attn.o_proj"].weight.shape:
         groups.append(Scaling("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"))
-    groups.append(Scaling(before_mlp, gated, "mlp"))
-    groups.append(Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"))
-    return groups
+    if mixture:
+        experts = tuple(name for name in modules if name.startswith("mlp.experts.gate_up_proj."))
+        routers = tuple(name for name in ("mlp.gate", "mlp.router") if name in modules)
+        return [*groups, Scaling(before_mlp, experts, "mlp", routers)] if experts else groups
+    return [*groups, Scaling(before_mlp, gated, "mlp"), Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")]
 
 
 @torch.no_grad()
@@ -117,7 +121,7 @@ def fold(layer: nn.Module, scaling: Scaling, scale: Tensor) -> None:
         previous.weight.copy_(gain - offset)
     if getattr(previous, "bias", None) is not None:
         previous.bias.div_(scale.to(previous.bias.dtype))
-    for name in scaling.linears:
+    for name in (*scaling.linears, *scaling.routers):
         weight = layer.get_submodule(name).weight
         weight.copy_(weight.float() * scale)
 
@@ -187,20 +191,21 @@ def search_scale(
     Returns:
         the scale, float32 ``[in]``, and the whole search as pairs (alpha, error relative to alpha = 0).
     """
-    statistics = layer.statistics[scaling.linears[0]]
+    mean_abs = layer.mean_abs(scaling.linears)
     linears = [layer.linears[name] for name in scaling.linears]
     originals = [linear.weight.data for linear in linears]
     reference = run() if run is not None else None
     errors = []
     try:
         for alpha in ALPHAS:
-            scale = _scale(statistics.mean_abs, alpha)
+            scale = _scale(mean_abs, alpha)
             error = 0.0
             for linear, original in zip(linears, originals):
                 rounded = grid.round(original.float() * scale) / scale
                 if reference is None:
-                    gram = add_gram(torch.zeros_like(statistics.hessian), rounded - original)
-                    error += float((gram * statistics.hessian).sum())  # trace((W - Q) H (W - Q)^T)
+                    hessian = layer.statistics[scaling.linears[0]].hessian
+                    gram = add_gram(torch.zeros_like(hessian), rounded - original)
+                    error += float((gram * hessian).sum())  # trace((W - Q) H (W - Q)^T)
                 else:
                     linear.weight.data = rounded.to(original.dtype)
             if run is not None:
@@ -211,7 +216,7 @@ def search_scale(
             linear.weight.data = original
     best = min(range(len(ALPHAS)), key=errors.__getitem__)
     relative = [(alpha, error / max(errors[0], 1e-30)) for alpha, error in zip(ALPHAS, errors)]
-    return _scale(statistics.mean_abs, ALPHAS[best]), relative
+    return _scale(mean_abs, ALPHAS[best]), relative
 
 
 @torch.no_grad()
@@ -292,9 +297,8 @@ def scale_layer(
             trace[f"{layer.name}.{'+'.join(scaling.linears)}"] = search
     for scaling, scale in foldable(layer, found):
         fold(layer.module, scaling, scale)
-        shared = layer.statistics[scaling.linears[0]].scaled(1 / scale)
-        for name in scaling.linears:
-            layer.statistics[name] = shared
+        for statistics in layer.statistics_of(scaling.linears):
+            statistics.rescale(1 / scale)
 
 
 def awq(
@@ -332,35 +336,17 @@ def awq(
     if rounding not in ("nearest", "gptq"):
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
     grid = Grid(bits, group_size, symmetric)
-    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, grid)
+    run = calibrate(model, tokenizer, texts, **calibration)
+    run.check_groups(grid)
     for module in run.layers.values():
         scaling_groups(module)
-    quantized: dict[str, QuantizedTensor] = {}
-    others: dict[str, Tensor] = {}
-    for layer in run:
-        before = {name: p.data.clone() for name, p in unquantized_parameters(layer.module)}
-        scale_layer(layer, grid, search_tokens, trace)
-        for name, linear in layer.linears.items():
-            hessian = layer.statistics[name].hessian
-            if rounding == "gptq":
-                q = gptq_quantize(linear.weight, hessian, bits, group_size, symmetric=symmetric, act_order=True)
-            else:
-                weight = linear.weight.data
-                if clip and not name.endswith(("q_proj", "k_proj")):
-                    weight = clip_weight(weight, hessian, grid)
-                q = grid.quantize(weight)
-            layer.put(name, q)
-            quantized[f"{layer.name}.{name}"] = q
-        for name, p in unquantized_parameters(layer.module):
-            if not torch.equal(before[name], p.data):
-                others[f"{layer.name}.{name}"] = p.data.clone()
-    for name, tensor in others.items():  # the last layer is done: from here on nothing can fail
-        model.get_parameter(name).data.copy_(tensor)
-    return install(model, quantized)
 
+    def rounded(layer: CalibrationLayer, name: str) -> QuantizedTensor:
+        weight, hessian = layer.linears[name].weight.data, layer.statistics[name].hessian
+        if rounding == "gptq":
+            return gptq_quantize(weight, hessian, bits, group_size, symmetric=symmetric, act_order=True)
+        if clip and not name.endswith(("q_proj", "k_proj")):
+            weight = clip_weight(weight, hessian, grid)
+        return grid.quantize(weight)
 
-def unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Norm gains and biases: all parameters that are not a linear layer's weight."""
-    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
-    return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]
+    return quantize_layers(model, run, rounded, lambda layer: scale_layer(layer, grid, search_tokens, trace))

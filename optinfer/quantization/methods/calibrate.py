@@ -8,16 +8,17 @@ hand its statistics to whoever quantizes it, run it again as quantized to get th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optinfer.quantization.experts import QuantizedExperts, expert_stacks, put_experts, separate_experts, transposed
 from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.layers import replace_module, select_layers, stacked_share
+from optinfer.quantization.layers import replace_module, select_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized
@@ -77,11 +78,11 @@ class InputStatistics:
         self.mean_abs.mul_(kept).add_(magnitude.sum(0) / self.tokens)
         torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
 
-    def scaled(self, factor: Tensor) -> InputStatistics:
-        """The statistics of ``x * factor``, `factor` ``[in]`` positive."""
-        return InputStatistics(
-            self.hessian * factor * factor[:, None], self.mean_abs * factor, self.max_abs * factor, self.tokens
-        )
+    def rescale(self, factor: Tensor) -> None:
+        """Become the statistics of ``x * factor``, `factor` ``[in]`` positive."""
+        self.hessian.mul_(factor).mul_(factor[:, None])
+        self.mean_abs.mul_(factor)
+        self.max_abs.mul_(factor)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class CalibrationLayer:
         module: the copy. What it holds when the next layer is asked for decides that layer's inputs.
         batches: the layer's inputs, ``[batch, length, hidden]`` each.
         arguments: the keyword arguments the model calls the layer with (masks, rotary embeddings).
-        linears: the linear layers inside, by their names within the layer.
+        linears: the linear layers inside, by their names within the layer; each expert's, where those lie in stacks.
         statistics: of their inputs; layers that share an input share the object.
     """
 
@@ -154,6 +155,16 @@ class CalibrationLayer:
                     f"the inputs of {self.name}.{name} have NaN or Inf values; nothing was quantized"
                 )
 
+    def statistics_of(self, names: Iterable[str]) -> list[InputStatistics]:
+        """Those of some linear layers, shared ones once."""
+        return list({id(self.statistics[name]): self.statistics[name] for name in names}.values())
+
+    def mean_abs(self, names: Iterable[str]) -> Tensor:
+        """Mean magnitude of each feature over all that goes into some linear layers, float32 ``[in]``."""
+        found = self.statistics_of(names)
+        tokens = sum(one.tokens for one in found)
+        return torch.stack([one.mean_abs * (one.tokens / tokens) for one in found]).sum(0)
+
     @torch.no_grad()
     def put(self, name: str, q: QuantizedTensor) -> None:
         """Let the copy compute with the quantized weight from now on."""
@@ -170,7 +181,7 @@ class Calibration:
         self.batch_size = max(n for n in range(1, batch_size + 1) if len(sequences) % n == 0)
         self.progress = progress
         self.layers = decoder_layers(model)
-        self.names = {prefix: list(linears) for prefix, linears in decoder_linears(model).items()}
+        self.widths = decoder_widths(model)
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +189,27 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def widths_by_name(self) -> dict[str, int]:
+        """How many inputs each matrix of the decoder has, by its full name."""
+        return {f"{prefix}.{name}": width for prefix, inside in self.widths.items() for name, width in inside.items()}
+
+    def check_groups(self, grid: Grid) -> None:
+        """Raise ValueError unless every matrix of the decoder can be quantized so."""
+        bits, group_size = grid.bits, grid.group_size
+        if isinstance(bits, bool) or bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f"group_size must be a positive int, got {group_size!r}")
+        widths = set(self.widths_by_name.values())
+        for name, width in self.widths_by_name.items():
+            if width % group_size:
+                fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in widths)]
+                raise ValueError(
+                    f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                    f"for this model: {', '.join(map(str, fitting)) or 'none of the usual sizes'}"
+                )
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[CalibrationLayer]:
@@ -187,7 +219,8 @@ class Calibration:
         walk = tqdm(self.layers.items(), desc="calibrating", unit="layer", disable=not self.progress)
         for (name, layer), extra in zip(walk, arguments):
             twin = copy.deepcopy(layer)
-            linears: Any = {inner: twin.get_submodule(inner) for inner in self.names[name]}
+            separate_experts(twin)
+            linears: Any = {inner: twin.get_submodule(inner) for inner in self.widths[name]}
             work = CalibrationLayer(name, twin, batches, extra, linears)
             work.observe()
             yield work
@@ -260,7 +293,7 @@ def calibrate(
 
     Args:
         model: a causal language model of transformers (Llama, Qwen, Mistral, Gemma and their like). Not changed.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; a ready `Calibration` is returned as it is.
         texts: calibration text; the course's when None.
         num_sequences, length: the text is cut into up to so many sequences of so many tokens.
         batch_size: at most so many sequences run through a layer at once.
@@ -270,6 +303,8 @@ def calibrate(
         CalibrationError: fewer tokens than the widest layer has inputs, so that its Hessian cannot have full rank.
         ValueError: a size is not positive, or the model is no decoder with a list of layers.
     """
+    if isinstance(tokenizer, Calibration):
+        return tokenizer
     for name, value in (("num_sequences", num_sequences), ("length", length), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
@@ -280,20 +315,16 @@ def calibrate(
     refuse_quantized(model)
     length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
     sequences = _sequences(tokenizer, texts, num_sequences, length)
-    widths = {}
-    for prefix, linears in decoder_linears(model).items():
-        for inner, linear in linears.items():
-            check_present(f"{prefix}.{inner}", linear)
-            widths[f"{prefix}.{inner}"] = linear.in_features
-    if not widths:
+    run = Calibration(model, sequences, batch_size, progress)
+    if not run.widths_by_name:
         raise ValueError(f"the layers of {type(model).__name__} hold no linear layers that can be quantized")
-    name, widest = max(widths.items(), key=lambda pair: pair[1])
+    name, widest = max(run.widths_by_name.items(), key=lambda pair: pair[1])
     if sequences.numel() < widest:
         raise CalibrationError(
             f"too little calibration text: {sequences.numel():,} tokens in sequences of {length}, but {name} has "
             f"{widest:,} inputs and needs at least as many tokens (16,384 are usual)"
         )
-    return Calibration(model, sequences, batch_size, progress)
+    return run
 
 
 def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) -> Tensor:
@@ -327,49 +358,78 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
     raise ValueError(f"{type(model).__name__} is not a decoder that keeps its {count} layers in one list")
 
 
-def decoder_linears(model: Any) -> dict[str, dict[str, nn.Linear]]:
-    """For each of the decoder's layers the linear layers to quantize, by their names within it.
+def decoder_widths(model: Any) -> dict[str, dict[str, int]]:
+    """For each of the decoder's layers the matrices to quantize, by their names within it, and how many inputs each has.
 
-    Raises ValueError: experts in stacks, whose inputs cannot be told apart here, or see `select_layers`.
+    Names are those of `separate_experts`. Raises ValueError: weights that are not in memory, or see `select_layers`.
     """
     selection = select_layers(model)
-    if stacks := list(selection.stacks):
-        raise ValueError(
-            f"{type(model).__name__} holds {stacked_share(model, stacks):.0%} of its weights in stacks of experts "
-            f"({stacks[0]} and {len(stacks) - 1} more), which calibration does not reach; `quantize` rounds them to nearest"
-        )
-    chosen = {name: layer for name, layer in selection.layers.items() if isinstance(layer, nn.Linear)}
-    return {
-        prefix: {name[len(prefix) + 1 :]: linear for name, linear in chosen.items() if name.startswith(f"{prefix}.")}
-        for prefix in decoder_layers(model)
-    }
+    widths: dict[str, dict[str, int]] = {prefix: {} for prefix in decoder_layers(model)}
+    for prefix, inside in widths.items():
+        for name, layer in selection.layers.items():
+            if isinstance(layer, nn.Linear) and name.startswith(f"{prefix}."):
+                check_present(name, layer)
+                inside[name.removeprefix(f"{prefix}.")] = layer.in_features
+        for name, stack in selection.stacks.items():
+            if name.startswith(f"{prefix}."):
+                check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
+                width = stack.shape[1 if transposed(model, name) else 2]
+                inside |= {f"{name.removeprefix(f'{prefix}.')}.{i}": width for i in range(len(stack))}
+    return widths
 
 
-def check_groups(model: Any, grid: Grid) -> None:
-    """Raise ValueError unless every linear layer of the decoder can be quantized so."""
-    bits, group_size = grid.bits, grid.group_size
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be a positive int, got {group_size!r}")
-    widths: dict[int, str] = {}
-    for prefix, linears in decoder_linears(model).items():
-        for name, linear in linears.items():
-            widths.setdefault(linear.in_features, f"{prefix}.{name}")
-    for width, name in widths.items():
-        if width % group_size:
-            fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in widths)]
-            raise ValueError(
-                f"group_size={group_size} does not divide the {width} inputs of {name}; "
-                f"for this model: {', '.join(map(str, fitting)) or 'none of the usual sizes'}"
-            )
+def quantize_layers(
+    model: Any,
+    run: Calibration,
+    rounded: Callable[[CalibrationLayer, str], QuantizedTensor],
+    prepare: Callable[[CalibrationLayer], None] = lambda layer: None,
+    threshold: float = 6.0,
+) -> Any:
+    """Quantize a decoder layer by layer, each calibrated on what those before it, already quantized, now produce.
+
+    Args:
+        rounded: gives a layer's matrix of that name in its quantized form.
+        prepare: may change the layer's copy before: its matrices, norms and biases.
+        threshold: of int8 activations' outliers.
+
+    Returns:
+        The same model; it is changed when the last layer is done.
+    """
+    quantized: dict[str, QuantizedTensor] = {}
+    others: dict[str, Tensor] = {}
+    for layer in run:
+        before = {name: p.data.clone() for name, p in _unquantized_parameters(layer.module)}
+        prepare(layer)
+        for name in layer.linears:
+            quantized[f"{layer.name}.{name}"] = q = rounded(layer, name)
+            layer.put(name, q)
+        for name, p in _unquantized_parameters(layer.module):
+            if not torch.equal(before[name], p.data):
+                others[f"{layer.name}.{name}"] = p.data.clone()
+    for name, tensor in others.items():  # from here on nothing can fail
+        model.get_parameter(name).data.copy_(tensor)
+    return install(model, quantized, threshold)
+
+
+def _unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Norm gains and biases: all parameters that are not a linear layer's weight."""
+    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
+    return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]
 
 
 def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
-    """Exchange linear layers for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
+    """Exchange linear layers and experts for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
+    stacks = expert_stacks(model)
+    experts: dict[str, list[QuantizedTensor]] = {}
     for name, q in quantized.items():
-        linear = model.get_submodule(name)
-        replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+        if (stack := name.rpartition(".")[0]) in stacks:
+            experts.setdefault(stack, []).append(q)
+        else:
+            linear = model.get_submodule(name)
+            replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+    for name, matrices in experts.items():
+        empty = QuantizedExperts.like(stacks[name], Scheme.of(matrices[0]), transposed(model, name))
+        put_experts(model, name, empty.fill(matrices))
     scheme = replace(Scheme.of(next(iter(quantized.values()))), threshold=threshold)
     mark_quantized(model, scheme)
     return model

@@ -25,7 +25,7 @@ from torch import Tensor
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.methods.calibrate import Calibration, calibrate, check_groups, install
+from optinfer.quantization.methods.calibrate import CalibrationLayer, calibrate, quantize_layers
 from optinfer.quantization.methods.grid import Grid
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
@@ -201,22 +201,15 @@ def gptq(
         The same model, its linears now `QuantizedLinear`.
     """
     grid = Grid(bits, group_size, symmetric)
-    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
-    check_groups(model, grid)
-    quantized: dict[str, QuantizedTensor] = {}
-    for layer in run:
-        for name, linear in layer.linears.items():
-            hessian = layer.statistics[name].hessian
-            q = gptq_quantize(linear.weight, hessian, bits, group_size, damp, act_order, symmetric)
-            if report is not None:
-                nearest = grid.quantize(linear.weight)
-                report.append(
-                    {
-                        "name": f"{layer.name}.{name}",
-                        "error": output_error(linear.weight, q, hessian),
-                        "rtn_error": output_error(linear.weight, nearest, hessian),
-                    }
-                )
-            layer.put(name, q)
-            quantized[f"{layer.name}.{name}"] = q
-    return install(model, quantized)
+    run = calibrate(model, tokenizer, texts, **calibration)
+    run.check_groups(grid)
+
+    def rounded(layer: CalibrationLayer, name: str) -> QuantizedTensor:
+        weight, hessian = layer.linears[name].weight, layer.statistics[name].hessian
+        q = gptq_quantize(weight, hessian, bits, group_size, damp, act_order, symmetric)
+        if report is not None:
+            errors = [output_error(weight, one, hessian) for one in (q, grid.quantize(weight))]
+            report.append({"name": f"{layer.name}.{name}", "error": errors[0], "rtn_error": errors[1]})
+        return q
+
+    return quantize_layers(model, run, rounded)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optinfer.quantization.experts import restore_experts
-from optinfer.quantization.layers import replace_module
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.layers import restore
 from optinfer.quantization.methods.awq import awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
@@ -46,10 +44,7 @@ def rung(
 
 def dequantize(model: Any) -> Any:
     """Put ordinary linear layers with the restored weights back, in place: the same values, faster over long inputs."""
-    for module in list(model.modules()):
-        if isinstance(module, QuantizedLinear):
-            replace_module(model, module, module.dequantize())
-    restore_experts(model)
+    restore(model)
     if getattr(model, "is_quantized", False):  # transformers' marks, which forbid `model.float()`
         model.is_quantized = False
         del model.hf_quantizer, model.quantization_method, model.config.quantization_config

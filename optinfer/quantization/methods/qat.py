@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from optinfer.quantization.methods.calibrate import calibrate, check_groups, decoder_linears, install
+from optinfer.quantization.experts import separate_experts
+from optinfer.quantization.methods.calibrate import calibrate, install
 from optinfer.quantization.methods.grid import Grid
 
 __all__ = ["fake_quantize", "qat"]
@@ -88,14 +89,14 @@ def qat(
 
     run = calibrate(model, tokenizer, texts, num_sequences=steps * batch_size, length=length)
     grid = Grid(bits, group_size, symmetric)
-    check_groups(model, grid)
-    student = copy.deepcopy(model).float().train()
-    student.requires_grad_(False)
-    names = [f"{prefix}.{name}" for prefix, linears in decoder_linears(model).items() for name in linears]
+    run.check_groups(grid)
+    student = copy.deepcopy(model)
+    separate_experts(student)
+    dtypes = {name: student.get_submodule(name).weight.dtype for name in run.widths_by_name}
+    student.float().train().requires_grad_(False)
     trained = []
-    for name in names:
+    for name, dtype in dtypes.items():
         linear = student.get_submodule(name)
-        dtype = model.get_submodule(name).weight.dtype
         linear.weight.requires_grad_(True)
         trained.append(linear.weight)
         parametrize.register_parametrization(linear, "weight", _FakeQuantized(grid, dtype), unsafe=True)
@@ -126,8 +127,7 @@ def qat(
         if losses is not None:
             losses.append(float(loss.detach()))
     quantized = {}
-    for name in names:
+    for name, dtype in dtypes.items():
         weight = student.get_submodule(name).parametrizations.weight.original.detach()
-        dtype = model.get_submodule(name).weight.dtype
         quantized[name] = grid.quantize(weight.to(dtype))
     return install(model, quantized)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from optinfer.quantization.formats.llm_int8 import quantize_int8
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.methods.awq import fold, foldable, scaling_groups, unquantized_parameters
-from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, install
+from optinfer.quantization.methods.awq import fold, foldable, scaling_groups
+from optinfer.quantization.methods.calibrate import CalibrationLayer, calibrate, quantize_layers
 
 __all__ = ["smooth_layer", "smoothquant"]
 
@@ -37,7 +37,8 @@ def smooth_layer(layer: CalibrationLayer, alpha: float = 0.5) -> None:
     for scaling in scaling_groups(layer.module):
         if not isinstance(layer.module.get_submodule(scaling.previous), nn.Linear):
             weights = [layer.linears[name].weight for name in scaling.linears]
-            scale = smoothing_scale(layer.statistics[scaling.linears[0]].max_abs, weights, alpha)
+            max_abs = torch.stack([one.max_abs for one in layer.statistics_of(scaling.linears)]).amax(0)
+            scale = smoothing_scale(max_abs, weights, alpha)
             found.append((scaling, scale))
     for scaling, scale in foldable(layer, found):
         fold(layer.module, scaling, scale)
@@ -65,17 +66,11 @@ def smoothquant(
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha!r}")
-    run = tokenizer if isinstance(tokenizer, Calibration) else calibrate(model, tokenizer, texts, **calibration)
+    run = calibrate(model, tokenizer, texts, **calibration)
     for module in run.layers.values():
         scaling_groups(module)
-    quantized: dict[str, QuantizedTensor] = {}
-    others: dict[str, Tensor] = {}
-    for layer in run:
-        smooth_layer(layer, alpha)
-        for name, linear in layer.linears.items():
-            quantized[f"{layer.name}.{name}"] = q = quantize_int8(linear.weight)
-            layer.put(name, q)
-        others |= {f"{layer.name}.{name}": p.data.clone() for name, p in unquantized_parameters(layer.module)}
-    for name, tensor in others.items():  # the last layer is done: from here on nothing can fail
-        model.get_parameter(name).data.copy_(tensor)
-    return install(model, quantized, threshold=0.0)
+
+    def rounded(layer: CalibrationLayer, name: str) -> QuantizedTensor:
+        return quantize_int8(layer.linears[name].weight)
+
+    return quantize_layers(model, run, rounded, lambda layer: smooth_layer(layer, alpha), threshold=0.0)
