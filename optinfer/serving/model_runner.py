@@ -15,7 +15,7 @@ from optinfer.attention.needs import (
     examine,
     in_eval_mode,
 )
-from optinfer.kv_cache.attention import BACKENDS
+from optinfer.kv_cache.attention import BACKENDS, Backend
 from optinfer.kv_cache.pool import KVPool
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import resolve_scheme
@@ -67,7 +67,7 @@ class ModelRunner:
         block_size: int,
         fuse: bool = True,
         head: str | None = None,
-        attention_backend: str = "auto",
+        attention_backend: Backend = "auto",
         kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
