@@ -3,8 +3,10 @@
 import html
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-_TONES = {
+Tone = Literal["info", "good", "bad", "note", "said"]
+_TONES: dict[Tone, tuple[str, str]] = {
     "info": ("#0072B2", ""),
     "good": ("#009E73", "✓ "),
     "bad": ("#D55E00", "✗ "),
@@ -19,7 +21,7 @@ class Card:
 
     title: str
     lines: tuple[str, ...] = ()
-    tone: str = "info"
+    tone: Tone = "info"
 
     def __post_init__(self) -> None:
         if self.tone not in _TONES:

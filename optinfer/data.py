@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Literal
 
 _MARKER = "data/README.md"
 
@@ -44,7 +45,7 @@ def path(name: str) -> Path:
     return found
 
 
-def text(split: str = "evaluation") -> str:
+def text(split: Literal["calibration", "evaluation"] = "evaluation") -> str:
     """English prose: ``"calibration"`` or ``"evaluation"``, about 30k tokens each, from different novels."""
     if split not in ("calibration", "evaluation"):
         raise ValueError(f"split must be 'calibration' or 'evaluation', not {split!r}")

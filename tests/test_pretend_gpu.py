@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from optinfer.bench.gpu_day.checks import small_copy
-from optinfer.course.execute import execute
+from optinfer.execute import execute
 from tests.pretend_gpu import CARDS, environment
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ in a notebook and in a test run that also compiles. Here the choice is made per 
 The variable keeps working: with TRITON_INTERPRET=1 every kernel is already interpreted and `launch` only calls it.
 
 Two kinds of repair live here, both tested against Triton 3.6, 3.7 and 3.9:
- - `_repair_arithmetic`: bfloat16 is a second-class citizen in the interpreter and fails silently;
+ - `_repair_arithmetic`: bfloat16 is a second-class citizen in the interpreter and fails silently; `tl.dot_scaled` is missing;
  - `_session`: swap kernels and Triton's own library for interpreted twins, then restore every attribute.
 """
 
@@ -215,6 +215,26 @@ def _fp32_to_bf16(data: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16).reshape(np.shape(data))
 
 
+def _scaled(data: np.ndarray, scale: Any, form: str) -> np.ndarray:
+    """An operand of `tl.dot_scaled`, rows [..., k] or [..., k / 2] in bit patterns, as the float32 numbers it stands for."""
+    import torch
+
+    codes = torch.from_numpy(np.ascontiguousarray(data))
+    if form == "E2M1":  # two codes in a byte, the first in the low half
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).int()
+        magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[codes & 7]
+        values = torch.where(codes > 7, -magnitude, magnitude)
+    else:
+        dtypes = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "BF16": torch.bfloat16, "FP16": torch.float16}
+        values = codes.view(dtypes[form]).float()
+    if scale is not None:
+        bits = torch.from_numpy(np.ascontiguousarray(scale.data))
+        is_e4m3 = scale.dtype.scalar == tl.float8e4nv
+        scales = bits.view(torch.float8_e4m3fn).float() if is_e4m3 else torch.exp2(bits.float() - 127)
+        values = values * scales.repeat_interleave(values.shape[-1] // scales.shape[-1], -1)
+    return values.numpy()
+
+
 @functools.cache
 def _repair_arithmetic() -> None:
     """Make bfloat16 right, or loud, in the interpreter. Idempotent; never undone: it only touches the interpreter.
@@ -240,6 +260,10 @@ def _repair_arithmetic() -> None:
         return cast(self, src if _is_bf16(dst_type) else widen(src), dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if _is_bf16(dst_type) and src.dtype.scalar.is_fp8():  # bit patterns on both sides
+            return cast_impl(self, convert(self, src, tl.float32, None), dst_type)
+        if _is_bf16(src.dtype) and dst_type.scalar.is_fp8():
+            return convert(self, widen(src), dst_type, rounding_mode)
         if _is_bf16(dst_type) or _is_bf16(src.dtype):
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
@@ -257,7 +281,22 @@ def _repair_arithmetic() -> None:
 
         setattr(builder, name, guarded)
 
+    def create_dot_scaled(self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_k_pack, b_k_pack, acc):
+        if not (a_k_pack and b_k_pack):
+            raise NotImplementedError("tl.dot_scaled in the Triton interpreter: operands must be packed along k")
+        left = _scaled(a.data, a_scale, a_format.name)
+        right = _scaled(b.data.swapaxes(-1, -2), b_scale, b_format.name).swapaxes(-1, -2)
+        return interpreter.TensorHandle((left @ right).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
+    builder.create_dot_scaled = create_dot_scaled
+    semantic = interpreter.interpreter_semantic
+    dot_scaled = semantic.dot_scaled
+
+    def dot_scaled_of_strings(a, a_scale, a_format, b, b_scale, b_format, *rest):  # constants are plain strings here
+        return dot_scaled(a, a_scale, tl.constexpr(a_format), b, b_scale, tl.constexpr(b_format), *rest)
+
+    semantic.dot_scaled = dot_scaled_of_strings
     for name in ("binary_op", "unary_op", "create_fma"):
         refuse_bf16(name)
 

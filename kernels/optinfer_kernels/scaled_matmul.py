@@ -1,24 +1,30 @@
-"""Products with microscaled weights (MXFP4, MXFP8, NVFP4), by the instruction that the formats were made for.
+"""Products with weights of small floats: MXFP4, MXFP8 and NVFP4 by the instruction that they were made for, and FP8.
 
 `tl.dot_scaled` takes the packed codes and the scales as they lie in memory: E8M0 for 32 columns, or E4M3 for 16 (NVFP4, whose one
 scale per tensor is multiplied in at the end). On Blackwell (compute capability 10.0) tensor
 cores multiply them as they are; elsewhere the compiler restores them to bfloat16 in registers first. Nothing of that is visible
-here: one kernel, and what the compiler made of it can be counted (`compile_scaled`).
+here: one kernel, and what the compiler made of it can be counted (`compile_scaled`). FP8 with one float32 scale per row is
+restored to bfloat16, exactly, and scaled after the sum.
 """
 
 from typing import Any
 
 import torch
 
-from optinfer_kernels import require_triton
+from optinfer_kernels import acting_capability, require_triton
 
 triton = require_triton()
 
 import triton.language as tl  # noqa: E402
 
 from optinfer_kernels.compile import CompiledKernel, compile_for  # noqa: E402
+from optinfer_kernels.interpreter import device_shape, launch, will_interpret  # noqa: E402
 
-SCALES = {torch.uint8: 32, torch.float8_e4m3fn: 16}  # dtype of the scales -> columns that share one
+SCALES = {
+    torch.uint8: 32,
+    torch.float8_e4m3fn: 16,
+    torch.float32: 0,
+}  # dtype of the scales -> columns that share one; 0: all
 
 
 def tile_for(arch: int) -> tuple[int, int, int]:
@@ -37,32 +43,38 @@ def scaled_matmul_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
     PACK: tl.constexpr = 2 if FORMAT == "e2m1" else 1
-    kx, kw, ks = tl.arange(0, BLOCK_K // X_PACK), tl.arange(0, BLOCK_K // PACK), tl.arange(0, BLOCK_K // GROUP)
+    kx, kw = tl.arange(0, BLOCK_K // X_PACK), tl.arange(0, BLOCK_K // PACK)
+    ks = tl.arange(0, BLOCK_K // GROUP if GROUP > 0 else 1)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         x_exists = (m[:, None] < M) & (start // X_PACK + kx[None, :] < K // X_PACK)
         x = tl.load(x_ptr + m[:, None] * (K // X_PACK) + start // X_PACK + kx[None, :], mask=x_exists, other=0.0)
         w_exists = (n[None, :] < N) & (start // PACK + kw[:, None] < K // PACK)
         w = tl.load(codes_ptr + n[None, :] * (K // PACK) + start // PACK + kw[:, None], mask=w_exists, other=0)
-        s_exists = start // GROUP + ks[None, :] < K // GROUP
-        scale = tl.load(
-            scale_ptr + n[:, None] * (K // GROUP) + start // GROUP + ks[None, :],
-            mask=(n[:, None] < N) & s_exists,
-            other=0,
-        )
-        if GROUP == 16:
-            scale = scale.to(tl.float8e4nv, bitcast=True)
-        if X_FORMAT == "bf16":
-            sums = tl.dot_scaled(x, None, X_FORMAT, w, scale, FORMAT, sums)
+        if GROUP == 0:
+            sums = tl.dot(x, w.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16), sums)
         else:
-            x_scale = tl.load(
-                x_scale_ptr + m[:, None] * (K // GROUP) + start // GROUP + ks[None, :],
-                mask=(m[:, None] < M) & s_exists,
+            s_exists = start // GROUP + ks[None, :] < K // GROUP
+            scale = tl.load(
+                scale_ptr + n[:, None] * (K // GROUP) + start // GROUP + ks[None, :],
+                mask=(n[:, None] < N) & s_exists,
                 other=0,
             )
             if GROUP == 16:
-                x_scale = x_scale.to(tl.float8e4nv, bitcast=True)
-            sums = tl.dot_scaled(x, x_scale, X_FORMAT, w, scale, FORMAT, sums)
+                scale = scale.to(tl.float8e4nv, bitcast=True)
+            if X_FORMAT == "bf16":
+                sums = tl.dot_scaled(x, None, X_FORMAT, w, scale, FORMAT, sums)
+            else:
+                x_scale = tl.load(
+                    x_scale_ptr + m[:, None] * (K // GROUP) + start // GROUP + ks[None, :],
+                    mask=(m[:, None] < M) & s_exists,
+                    other=0,
+                )
+                if GROUP == 16:
+                    x_scale = x_scale.to(tl.float8e4nv, bitcast=True)
+                sums = tl.dot_scaled(x, x_scale, X_FORMAT, w, scale, FORMAT, sums)
+    if GROUP == 0:
+        sums *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     if ALPHA:
         sums *= tl.load(alpha_ptr)
     exists = (m[:, None] < M) & (n[None, :] < N)
@@ -76,12 +88,13 @@ def scaled_matmul(
     x_scale: torch.Tensor | None = None,
     alpha: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ W.T`` on a GPU.
+    """``x @ W.T``; interpreted for tensors on a CPU.
 
     Args:
         x: bfloat16 [tokens, in]; or, with `x_scale`, codes like the weights'.
         codes: uint8 [out, in / 2], the first of two codes in the low half (E2M1); or float8_e4m3fn [out, in].
-        scale: uint8 [out, in / 32] (E8M0) or float8_e4m3fn [out, in / 16]; `x_scale`: [tokens, ...] of the same dtype.
+        scale: uint8 [out, in / 32] (E8M0) or float8_e4m3fn [out, in / 16]; `x_scale`: [tokens, ...] of the same dtype. Or, for
+            codes of eight bits and x in bfloat16, float32 [out, 1].
         alpha: float32 [1], what the product is multiplied by: of NVFP4, one over the tensors' scales.
 
     Returns: bfloat16 [tokens, out].
@@ -95,24 +108,30 @@ def scaled_matmul(
     if x_scale is None and x.dtype != torch.bfloat16:
         raise TypeError(f"x must be bfloat16, got {x.dtype}")
     if scale.dtype not in SCALES:
-        raise TypeError(f"scale must be uint8 (E8M0) or float8_e4m3fn, got {scale.dtype}")
+        raise TypeError(f"scale must be uint8 (E8M0), float8_e4m3fn or float32, got {scale.dtype}")
     group = SCALES[scale.dtype]
-    if columns % group or x_columns != columns:
-        raise ValueError(f"x has {x_columns} columns and the weight {columns}; both must be one multiple of {group}")
+    if group == 0 and (form, x_form) != ("e4m3", "bf16"):
+        raise TypeError(
+            f"float32 scales go with float8_e4m3fn codes and x in bfloat16, got {codes.dtype} and {x.dtype}"
+        )
+    if columns % (group or 1) or x_columns != columns:
+        raise ValueError(
+            f"x has {x_columns} columns and the weight {columns}; both must be one multiple of {group or 1}"
+        )
+    groups = columns // group if group else 1
     for name, given, rows in (("scale", scale, len(codes)), ("x_scale", x_scale, len(x))):
-        if given is not None and (given.dtype != scale.dtype or given.shape != (rows, columns // group)):
-            raise ValueError(
-                f"{name} must be {scale.dtype} [{rows}, {columns // group}], got {given.dtype} {list(given.shape)}"
-            )
+        if given is not None and (given.dtype != scale.dtype or given.shape != (rows, groups)):
+            raise ValueError(f"{name} must be {scale.dtype} [{rows}, {groups}], got {given.dtype} {list(given.shape)}")
     out = torch.empty(len(x), len(codes), dtype=torch.bfloat16, device=x.device)
-    major, minor = torch.cuda.get_device_capability(x.device)
-    check_architecture(10 * major + minor, {form, x_form}, group)
-    block_m, block_n, block_k = tile_for(10 * major + minor)
+    arch, _ = device_shape(x.device)
+    if not will_interpret(x.device) or acting_capability() is not None:
+        check_architecture(arch, {form, x_form}, group)
+    block_m, block_n, block_k = tile_for(arch)
     grid = (triton.cdiv(len(x), block_m), triton.cdiv(len(codes), block_n))
     tensors = (x, scale if x_scale is None else x_scale, codes, scale)
-    octets = [t.contiguous() if t.dtype == torch.bfloat16 else t.contiguous().view(torch.uint8) for t in tensors]
-    scaled_matmul_kernel[grid](
-        *octets, out, len(x), len(codes), columns,
+    octets = [t.contiguous().view(torch.uint8) if t.element_size() == 1 else t.contiguous() for t in tensors]
+    launch(
+        scaled_matmul_kernel, grid, *octets, out, len(x), len(codes), columns,
         scale if alpha is None else alpha, X_FORMAT=x_form, FORMAT=form, GROUP=group, ALPHA=alpha is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8,
     )  # fmt: skip
@@ -143,7 +162,7 @@ def compile_scaled(arch: int, form: str = "e2m1", x_form: str = "bf16", group: i
 
     Args:
         form, x_form: of weights and activations: "e2m1", "e4m3"; activations also "bf16".
-        group: 32 for E8M0 scales, 16 for E4M3 ones (NVFP4).
+        group: 32 for E8M0 scales, 16 for E4M3 ones (NVFP4), 0 for float32 ones of whole rows.
     """
     check_architecture(arch, {form, x_form}, group)
     block_m, block_n, block_k = tile_for(arch)
@@ -152,5 +171,12 @@ def compile_scaled(arch: int, form: str = "e2m1", x_form: str = "bf16", group: i
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
     signature = {"x_ptr": "*bf16" if x_form == "bf16" else "*u8", "x_scale_ptr": "*u8", "codes_ptr": "*u8"}
-    signature |= {"scale_ptr": "*u8", "out_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32", "alpha_ptr": "*fp32"}
+    signature |= {
+        "scale_ptr": "*u8" if group else "*fp32",
+        "out_ptr": "*bf16",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+        "alpha_ptr": "*fp32",
+    }
     return compile_for(arch, scaled_matmul_kernel, signature, constants, aligned=("N", "K"), num_warps=8)

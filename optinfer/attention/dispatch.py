@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ from optinfer.attention.online import online_softmax_attention
 from optinfer.attention.reference import attention_reference, causal_mask
 from optinfer_kernels.attention_arguments import DTYPES, AttentionArguments, check_attention
 
-KERNELS = {
+Backend = Literal["auto", "reference", "online", "sdpa", "triton", "triton_tma", "triton_ws"]
+KERNELS: dict[Backend, str] = {
     "triton": "flash_attention",
     "triton_tma": "flash_attention_tma",
     "triton_ws": "flash_attention_ws",
 }
-BACKENDS = ("reference", "online", "sdpa", *KERNELS)
+BACKENDS = get_args(Backend)[1:]
 
 
 class UnsupportedBackend(ValueError):
@@ -49,7 +50,7 @@ def flash_attention(
     v: torch.Tensor,
     causal: bool = False,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     *,
     window: int | None = None,
     softcap: float | None = None,
@@ -127,7 +128,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttentionArgument
     return out.masked_fill(~mask.any(-1)[:, None], 0.0) if a.shift < 0 else out
 
 
-def obstacle(backend: str, p: Problem) -> str | None:
+def obstacle(backend: Backend, p: Problem) -> str | None:
     """Why this backend cannot solve this problem; None if it can."""
     if backend in ("reference", "online"):
         return None
@@ -166,7 +167,7 @@ def obstacle(backend: str, p: Problem) -> str | None:
     return None
 
 
-def choose(p: Problem) -> tuple[str, str]:
+def choose(p: Problem) -> tuple[Backend, str]:
     """(backend, reason) that `auto` takes."""
     if p.device == "cpu":
         if obstacle("sdpa", p) is None:
@@ -176,7 +177,8 @@ def choose(p: Problem) -> tuple[str, str]:
     mask_free = obstacle("sdpa", p) is None and p.window is None and not needs_mask
     if mask_free:
         return "sdpa", "torch's fused kernels cover this, and no recorded measurement on this GPU shows ours faster"
-    kernels = [name for name in ("triton_tma", "triton") if obstacle(name, p) is None]
+    fastest_first: tuple[Backend, ...] = ("triton_tma", "triton")
+    kernels = [name for name in fastest_first if obstacle(name, p) is None]
     if kernels and p.dtype != torch.float32:
         why = obstacle("sdpa", p) or "needs the whole mask in memory for this"
         return kernels[0], f"sdpa {why}; the kernel does not"
@@ -214,7 +216,7 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _load(backend: str):
+def _load(backend: Backend):
     return importlib.import_module(f"optinfer_kernels.{KERNELS[backend]}")
 
 

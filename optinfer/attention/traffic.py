@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
-KINDS = ("naive", "eager", "flash", "once")
+Kind = Literal["naive", "eager", "flash", "once"]
+KINDS = get_args(Kind)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class HbmCounter:
 
 
 def hbm_bytes(
-    kind: str,
+    kind: Kind,
     batch: int,
     heads: int,
     q_len: int,
@@ -113,7 +115,7 @@ def attention_flops(batch: int, heads: int, q_len: int, kv_len: int, head_dim: i
     return 4.0 * batch * heads * q_len * kv_len * head_dim * (0.5 if causal else 1.0)
 
 
-def arithmetic_intensity(kind: str, *sizes: int, **options) -> float:
+def arithmetic_intensity(kind: Kind, *sizes: int, **options) -> float:
     """FLOP per byte of HBM traffic: `hbm_bytes` under `attention_flops`, same arguments."""
     batch, heads, q_len, kv_len, head_dim, _ = sizes
     flops = attention_flops(batch, heads, q_len, kv_len, head_dim, options.get("causal", False))

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from optinfer import hardware
 from optinfer.attention import attention_flops, attention_reference, flash_attention
-from optinfer.attention.dispatch import KERNELS, Problem, obstacle
+from optinfer.attention.dispatch import KERNELS, Backend, Problem, obstacle
 from optinfer.bench.rows import AttentionRow
 from optinfer.bench.timing import in_turns
 
@@ -69,7 +69,7 @@ def brief(rows: list[AttentionRow]) -> list[dict[str, Any]]:
 def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
     """Memory beyond inputs for one head of 64, as the text gets longer: the whole matrix of scores, or a tile of it."""
     lengths = (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384)
-    tiled = "auto" if device.type == "cuda" else "online"
+    tiled: Backend = "auto" if device.type == "cuda" else "online"
     formulas: dict[str, Callable] = {
         "naive": lambda q, k, v: attention_reference(q, k, v, True),
         f"optinfer {tiled}": lambda q, k, v: flash_attention(q, k, v, True, backend=tiled),

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from optinfer.card import Card, Folded, Table
+from optinfer.card import Card, Folded, Table, Tone
 from optinfer.course import claims
 from optinfer.course.verdicts import VERDICTS, Verdict, side
 
@@ -241,7 +241,7 @@ def _close(guess: float, measured: float) -> bool:
     return guess == measured or (guess * measured > 0 and 0.8 <= guess / measured <= 1.25)
 
 
-def _compared(guess: float, measured: float, even: float, spread: float) -> tuple[str, str]:
+def _compared(guess: float, measured: float, even: float, spread: float) -> tuple[str, Tone]:
     """What to say about a guess, and the card's tone. A right size on the wrong side of even is a wrong guess."""
     guessed, found = side(guess, even, 0.0), side(measured, even, spread)
     level = f"no different from {_number(even)}"

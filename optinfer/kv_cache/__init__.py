@@ -33,6 +33,7 @@ _PUBLIC = {
     ),
     **dict.fromkeys(["kv_bytes", "kv_bytes_per_token", "num_blocks_for", "num_sequences_that_fit"], "memory"),
     **dict.fromkeys(["LayerCache", "cache_layers"], "layers"),
+    **dict.fromkeys(["LayerGroup", "LayerGroupManager", "layer_groups"], "groups"),
     **dict.fromkeys(["absorbed_latent_attention", "expanded_latent_attention"], "latent"),
     **dict.fromkeys(["find_needle", "judge_cache", "quantized_kv", "sink_cache"], "smaller"),
     **dict.fromkeys(["PagedCache"], "paged_cache"),

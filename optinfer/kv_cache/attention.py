@@ -7,7 +7,7 @@ piece of a prompt, drafts to verify, or all of these in one step.
 and the C++ loops do the same without ever building the contiguous copy.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from optinfer import cpu
 from optinfer_kernels.paged_arguments import PagedArguments, check_paged_attention
 
-BACKENDS = ("auto", "triton", "loops", "sdpa", "reference")
+Backend = Literal["auto", "triton", "loops", "sdpa", "reference"]
+BACKENDS = get_args(Backend)
 
 
 def paged_attention(
@@ -26,7 +27,7 @@ def paged_attention(
     block_tables: Tensor,
     context_lens: Tensor,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **options: Any,
 ) -> Tensor:
     """Attention of the newest token(s) of each sequence over its pages.
@@ -77,7 +78,7 @@ def paged_attention(
     return a.unpack(_by_sdpa(a, k_cache, v_cache, block_tables, context_lens, **scales, tree_mask=tree_mask))
 
 
-def choose_backend(device: torch.device) -> str:
+def choose_backend(device: torch.device) -> Backend:
     """What "auto" means on a device."""
     if device.type == "cuda":
         return "triton"

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import erf, exp, log, sqrt
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from optinfer.kv_cache.block_manager import BlockManager, OutOfBlocks, _positive
 
@@ -91,6 +91,9 @@ class Allocator(Protocol):
     def usage(self, waiting: bool) -> Usage: ...
 
 
+Policy = Literal["max", "pow2", "oracle"]
+
+
 class ContiguousAllocator:
     """First fit: a request gets the first hole that is long enough for what the policy reserves.
 
@@ -100,9 +103,9 @@ class ContiguousAllocator:
             "oracle" the exact length.
     """
 
-    POLICIES = ("max", "pow2", "oracle")
+    POLICIES = get_args(Policy)
 
-    def __init__(self, total: int, policy: str = "max", max_model_len: int = MAX_MODEL_LEN):
+    def __init__(self, total: int, policy: Policy = "max", max_model_len: int = MAX_MODEL_LEN):
         if policy not in self.POLICIES:
             raise ValueError(f"policy must be one of {', '.join(self.POLICIES)}, got {policy!r}")
         self.total, self.policy = _positive("total", total), policy

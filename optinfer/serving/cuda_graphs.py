@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optinfer.kv_cache.attention import Backend
 from optinfer.kv_cache.pool import KVPool
 from optinfer.serving.paged_batch import Chunk, PagedBatch
 
@@ -54,7 +55,7 @@ class GraphedDecode:
         forward: Callable[[PagedBatch], Tensor],
         max_length: int,
         max_size: int = 64,
-        backend: str = "auto",
+        backend: Backend = "auto",
         capture: Callable[[Callable[[], Tensor]], Any] = CudaGraph,
     ):
         self.pool, self.forward, self.backend, self.capture = pool, forward, backend, capture

@@ -11,13 +11,14 @@ import torch
 from tqdm.auto import tqdm
 
 from optinfer.kv_cache import BlockManager, num_blocks_for
+from optinfer.kv_cache.attention import Backend
 from optinfer.serving.intake import Intake
 from optinfer.serving.loop import Loop
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.output import Output, end_of_sequence
 from optinfer.serving.records import EngineStats, StepRecord
 from optinfer.serving.request import Completion, Delta, Request, SamplingParams
-from optinfer.serving.scheduler import Scheduler
+from optinfer.serving.scheduler import Policy, Scheduler
 from optinfer.serving.speculation import Speculator, batch_drafts
 from optinfer.serving.turns import FairLock, Interrupts
 
@@ -66,13 +67,13 @@ class Engine:
         adaptive_drafts: bool = True,
         max_batched_tokens: int = 512,
         max_num_seqs: int = 64,
-        policy: str = "continuous",
+        policy: Policy = "continuous",
         chunked_prefill: bool = True,
         prefix_caching: bool = True,
         max_model_len: int | None = None,
         fuse: bool = True,
         head: str | None = None,
-        attention_backend: str = "auto",
+        attention_backend: Backend = "auto",
         kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,

@@ -15,7 +15,7 @@ from optinfer.attention.needs import (
     examine,
     in_eval_mode,
 )
-from optinfer.kv_cache.attention import BACKENDS
+from optinfer.kv_cache.attention import BACKENDS, Backend
 from optinfer.kv_cache.pool import KVPool
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import resolve_scheme
@@ -42,7 +42,8 @@ class ModelRunner:
         attention_backend: of `paged_attention`: "triton", "loops", "sdpa", "reference", or "auto".
         kv_dtype: of the pages, e.g. torch.int8; None: the model's.
         cuda_graphs: run decode steps from CUDA graphs, one per batch size (see `GraphedDecode`). None: on a GPU, for the
-            families of `LeanDecoder`, unless in llm_int8: how many features stay in 16 bits is known step by step only.
+            families of `LeanDecoder`, unless in llm_int8 (how many features stay in 16 bits is known step by step only) or
+            with attention "sdpa" or "reference" (they ask the GPU how long each text is).
         compile: compile the lean decoder by torch.compile. Worth trying on a GPU; on a CPU it needs a C++ compiler and
             a minute per shape.
         max_graph_size: largest batch that is captured.
@@ -66,7 +67,7 @@ class ModelRunner:
         block_size: int,
         fuse: bool = True,
         head: str | None = None,
-        attention_backend: str = "auto",
+        attention_backend: Backend = "auto",
         kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
@@ -98,7 +99,12 @@ class ModelRunner:
                 raise ValueError(f"{name} needs a Llama-like model and fuse=True")
         if self._cuda_graphs and weight.device.type != "cuda":
             raise ValueError(f"cuda_graphs=True needs a model on a GPU; this one is on {weight.device}")
-        capturable = weight.device.type == "cuda" and self._lean and not has_outliers(self.model)
+        steady = self.backend in ("auto", "triton")  # the others ask the GPU how long each text is
+        if self._cuda_graphs and not steady:
+            raise ValueError(
+                f"cuda_graphs=True needs attention_backend 'auto' or 'triton': {self.backend!r} waits for the GPU in each layer"
+            )
+        capturable = weight.device.type == "cuda" and self._lean and steady and not has_outliers(self.model)
         with_graphs = capturable if self._cuda_graphs is None else self._cuda_graphs
         scratch = 1 if with_graphs else 0
         dtype = self._kv_dtype or weight.dtype

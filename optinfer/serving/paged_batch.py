@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from optinfer import cpu
 from optinfer.attention.needs import attention_implementation, read_needs
-from optinfer.kv_cache.attention import choose_backend, paged_attention
+from optinfer.kv_cache.attention import Backend, choose_backend, paged_attention
 from optinfer.kv_cache.pool import KVPool
 from optinfer.upload import upload
 
@@ -67,7 +67,7 @@ class PagedBatch:
         chunks: list[Chunk],
         num_logits: list[int],
         pool: KVPool,
-        backend: str = "auto",
+        backend: Backend = "auto",
         table_width: int | None = None,
         windows: Sequence[int | None] = (),
     ):

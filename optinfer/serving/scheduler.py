@@ -9,11 +9,13 @@ freed and its tokens computed again later, mostly from the prefix cache.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from optinfer.kv_cache import Allocation, BlockManager, OutOfBlocks
 from optinfer.serving.request import Sequence
 
-POLICIES = ("continuous", "prefill_first", "static")
+Policy = Literal["continuous", "prefill_first", "static"]
+POLICIES = get_args(Policy)
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Scheduler:
         manager: BlockManager,
         max_batched_tokens: int = 512,
         max_num_seqs: int = 64,
-        policy: str = "continuous",
+        policy: Policy = "continuous",
         chunked_prefill: bool = True,
     ):
         for name, value in (("max_batched_tokens", max_batched_tokens), ("max_num_seqs", max_num_seqs)):

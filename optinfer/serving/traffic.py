@@ -24,7 +24,7 @@ from optinfer.serving.output import Output
 from optinfer.serving.paged_batch import Chunk
 from optinfer.serving.records import EngineStats, StepRecord
 from optinfer.serving.request import Completion, RequestMetrics, SamplingParams
-from optinfer.serving.scheduler import Scheduler
+from optinfer.serving.scheduler import Policy, Scheduler
 from optinfer.serving.turns import Interrupts
 
 # ---------------------------------------------------------------------------------------------- arrivals
@@ -158,7 +158,7 @@ class Rehearsal:
         prefix_caching: bool = True,
         max_batched_tokens: int = 512,
         max_num_seqs: int = 64,
-        policy: str = "continuous",
+        policy: Policy = "continuous",
         chunked_prefill: bool = True,
     ):
         def new_manager() -> BlockManager:

@@ -17,8 +17,15 @@ def as_draft(draft: "str | Draft | torch.nn.Module | Sequence[Any]") -> Draft:
             these, asked in turn.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these; or a drafter of trees, which `tree_decoding` takes: a sequence's pages have one slot for a
+            position, and a tree has several tokens there.
     """
+    if hasattr(draft, "propose_tree"):
+        raise ValueError(
+            f"draft {type(draft).__name__} drafts trees, and only chains are checked here: pages have one slot for a "
+            "position, a tree several tokens. Use optinfer.speculative.tree_decoding, or the drafter's chain "
+            "(PromptLookupDraft, HeadDraft)"
+        )
     if isinstance(draft, Draft):
         return draft
     if isinstance(draft, torch.nn.Module):

@@ -163,6 +163,24 @@ def test_threads_take_turns():
     assert not wrong
 
 
+@triton.jit
+def through_fp8_kernel(x_ptr, fp8_ptr, back_ptr, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols, mask=cols < n, other=0.0)
+    fp8 = x.to(tl.float8e4nv)
+    tl.store(fp8_ptr + cols, fp8.to(tl.uint8, bitcast=True), mask=cols < n)
+    tl.store(back_ptr + cols, fp8.to(tl.bfloat16), mask=cols < n)
+
+
+def test_fp8_to_bf16_and_back():
+    """All finite codes of E4M3, subnormals too: bit patterns on both sides."""
+    codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8)
+    x = codes.view(torch.float8_e4m3fn).bfloat16()
+    out, back = torch.empty_like(codes), torch.empty_like(x)
+    launch(through_fp8_kernel, (1,), x, out, back, len(x), BLOCK=256)
+    assert torch.equal(out.view(torch.float8_e4m3fn).float(), x.float()) and torch.equal(back, x)
+
+
 def test_which_tensors_are_interpreted():
     assert will_interpret("cpu") and will_interpret(torch.device("cpu"))
     assert will_interpret("cuda:0") == UNDER_VARIABLE

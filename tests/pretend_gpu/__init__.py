@@ -2,7 +2,7 @@
 
     PRETEND_GPU=h100 python -m pytest -p tests.pretend_gpu.plugin …        # or t4
     make test-gpu                                                         # the real GPU where there is one, else both of these
-    PRETEND_GPU=h100 python -m tests.pretend_gpu -m optinfer.course.execute notebooks/05_speculative_decoding.ipynb
+    PRETEND_GPU=h100 python -m tests.pretend_gpu -m optinfer.execute notebooks/05_speculative_decoding.ipynb
 
 A `PretendTensor` says that it is on cuda:0 and holds its numbers in a CPU tensor. Every operation passes through a dispatch
 mode, which makes tensors for ``device="cuda"``, refuses what CUDA refuses (tensors of two devices, products of integers, a

@@ -27,10 +27,15 @@ TOLERANCE = 0.03  # of the largest number of the output: formulas round elsewher
 
 
 def install() -> None:
+    """Both; before `optinfer.bench` is imported."""
+    interpret_once()
+    _measure_once()
+
+
+def interpret_once() -> None:
     for module_name, name in KERNELS.items():
         module = importlib.import_module(f"optinfer_kernels.{module_name}")
         setattr(module, name, _once(getattr(module, name), FORMULAS[name]))
-    _measure_once()
 
 
 def _once(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:

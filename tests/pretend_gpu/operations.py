@@ -33,6 +33,8 @@ WAITS = {
 }  # fmt: skip
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "addbmm"}
 CPU_ONLY = ("mkldnn", "_for_cpu", "onednn", "quantized", "_weight_int8pack_mm")  # torch's own, without a CUDA kernel
+# Of integers the CPU has no such kernel.
+CUDA_HAS = {aten.histc.default: lambda x, *a, **k: aten.histc.default(x.double(), *a, **k).to(x.dtype)}
 LARGE = 10_000  # elements: less on the CPU is bookkeeping
 
 generators: dict[int, Any] = {}  # address -> a generator of the GPU, kept so that no address is given out twice
@@ -86,7 +88,7 @@ def operation(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         _check_kernel(func, tensors, plain_args)
     if target is not None:
         plain["device"] = CPU if makes_gpu else target
-    run = _with_generator(func, plain, makes_gpu)
+    run = _with_generator(CUDA_HAS.get(func, func), plain, makes_gpu)
     out = _asserted(func, run, plain_args, plain)
     if tapes:
         tapes[-1].append((run, plain_args, plain, out))
@@ -202,7 +204,7 @@ def _with_generator(func: Any, plain: dict[str, Any], on_gpu: bool) -> Any:
     """The GPU has random numbers of its own: the same seed gives others there than on a CPU."""
     from .cuda import default_generator
 
-    if on_gpu and torch.Tag.nondeterministic_seeded in func.tags and plain.get("generator") is None:
+    if on_gpu and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and plain.get("generator") is None:
         if any(a.name == "generator" for a in func._schema.arguments):
             plain["generator"] = default_generator()
             return func

@@ -132,6 +132,10 @@ def _patch_threads() -> None:
 
 def pytest_configure(config: Any) -> None:
     install(os.environ.get("PRETEND_GPU", "h100"))
+    if os.environ.get("PRETEND_KERNELS") == "once":  # for rooms that are not about kernels
+        from . import once
+
+        once.interpret_once()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
 from optinfer.quantization.formats.codebook import nest
+from optinfer.serving import Engine, SamplingParams
 from optinfer.speculative.distillation import frequent_tokens
 from optinfer.speculative.rejection import rejection_sample
 
@@ -42,3 +44,20 @@ def test_tokens_are_counted_where_they_are():
         "answer": torch.ones(1, 3, dtype=torch.bool).to("cuda"),
     }
     assert frequent_tokens([shard], 2, 8).cpu().tolist() == [3, 5]
+
+
+def test_an_engine_with_every_attention():
+    """By itself it takes CUDA graphs where the attention lets it; asked for with another, they are refused by name."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, max_position_embeddings=64, **sizes)).eval().to("cuda")
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    texts = []
+    for backend in ("auto", "triton", "sdpa", "reference"):
+        engine = Engine(model, num_blocks=16, block_size=4, attention_backend=backend)
+        assert (engine.runner.graphs is not None) == (backend in ("auto", "triton"))
+        texts.append([done.token_ids for done in engine.generate([[5, 6, 7], [8]], params)])
+    assert all(text == texts[0] for text in texts)
+    for backend in ("sdpa", "reference"):
+        with pytest.raises(ValueError, match="needs attention_backend 'auto' or 'triton'"):
+            Engine(model, num_blocks=16, attention_backend=backend, cuda_graphs=True)

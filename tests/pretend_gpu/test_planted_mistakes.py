@@ -53,6 +53,11 @@ def test_what_cuda_has_no_kernel_for():
         torch.embedding(torch.ones(4, 2, device="cuda"), torch.tensor([9], device="cuda"))
 
 
+def test_what_only_cuda_has_a_kernel_for():
+    x = torch.tensor([0, 2, 2, 1], dtype=torch.int32, device="cuda")
+    assert torch.histc(x, bins=3, min=0, max=2).tolist() == [1, 1, 2]
+
+
 def test_numpy_and_generators_of_the_cpu_are_refused():
     with pytest.raises(TypeError, match="numpy"):
         torch.ones(2, device="cuda").numpy()

@@ -16,6 +16,8 @@ from optinfer_kernels.scaled_matmul import check_architecture, compile_scaled
         (80, "e2m1", "bf16", 32, "HMMA"),
         (90, "e2m1", "bf16", 32, "HGMMA"),  # restored to bfloat16 in registers
         (90, "e4m3", "bf16", 32, "HGMMA"),
+        (90, "e4m3", "bf16", 0, "HGMMA"),  # FP8, a scale per row
+        (89, "e4m3", "bf16", 0, "HMMA"),
         (100, "e2m1", "e2m1", 32, "UTCOMMA"),  # four bits by four bits, scales and all
         (100, "e4m3", "e4m3", 32, "UTCQMMA"),
         (120, "e2m1", "e2m1", 32, "OMMA"),

@@ -12,7 +12,7 @@ from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer_kernels import TritonMissing
 from optinfer_kernels.quantized_arguments import QuantizedWeight
 
-__all__ = ["as_kernel_weight", "has_kernels", "kernel_matmul", "kernel_pays"]
+__all__ = ["as_kernel_weight", "has_kernels", "kernel_matmul", "kernel_pays", "scaled_matmul", "scaled_pays"]
 
 MAX_TOKENS = 64  # with more, restoring the weight once and a product of cuBLAS should win
 
@@ -24,6 +24,21 @@ def kernel_matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
     out = quantized_matmul_fast.quantized_matmul(x.reshape(-1, x.shape[-1]), weight)
     out = out.view(*x.shape[:-1], weight.out_features)
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def scaled_matmul(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` with small floats in eight bits, ``x [..., in]`` in bfloat16."""
+    from optinfer_kernels.scaled_matmul import scaled_matmul as kernel
+
+    out = kernel(x.reshape(-1, x.shape[-1]).contiguous(), codes, scale).view(*x.shape[:-1], len(codes))
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def scaled_pays(x: Tensor) -> bool:
+    """Whether the kernel for small floats in eight bits is for this input: as `kernel_pays`, in bfloat16, on a GPU that knows
+    E4M3 (compute capability 8.9 and up).
+    """
+    return x.dtype == torch.bfloat16 and kernel_pays(x) and (hardware.capability(x.device) or (0, 0)) >= (8, 9)
 
 
 def kernel_pays(x: Tensor) -> bool:

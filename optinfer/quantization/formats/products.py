@@ -10,7 +10,7 @@ from torch import Tensor
 from optinfer.cpu import kernels
 from optinfer.cpu import linear as cpu_linear
 from optinfer.quantization.checks import check_choice
-from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays
+from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays, scaled_matmul, scaled_pays
 from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
 
@@ -43,12 +43,15 @@ def quantized_matmul(
     if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":
-        weight = as_kernel_weight(q)
-        if weight is None:
-            raise ValueError(f"backend 'triton' cannot take {q!r}; use 'dequantize'")
-        return kernel_matmul(x, weight, bias)
+        if (weight := as_kernel_weight(q)) is not None:
+            return kernel_matmul(x, weight, bias)
+        if (small := q.scaled_weight()) is not None:
+            return scaled_matmul(x, *small, bias)
+        raise ValueError(f"backend 'triton' cannot take {q!r}; use 'dequantize'")
     if backend == "auto" and kernel_pays(x) and (weight := as_kernel_weight(q)) is not None:
         return kernel_matmul(x, weight, bias)
+    if backend == "auto" and scaled_pays(x) and (small := q.scaled_weight()) is not None:
+        return scaled_matmul(x, *small, bias)
     return dequantized_matmul(x, q, bias)
 
 

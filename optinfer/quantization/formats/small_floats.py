@@ -170,6 +170,19 @@ class BlockFloats(QuantizedTensor):
             return None
         return QuantizedWeight(self.packed, self.scales(), self.group_size, E2M1)  # a codebook, scales in float32
 
+    def scaled_weight(self) -> tuple[Tensor, Tensor] | None:
+        """E4M3 with a scale per block, row or tensor. The kernel for codebooks reads MXFP4; NVFP4's instruction wants activations
+        in four bits too, and ours stay in sixteen.
+        """
+        if self.packed.dtype != E4M3 or self.shape[1] % (self.format.block or 1):
+            return None
+        assert isinstance(self.scale, Tensor)
+        if self.format.block:
+            return self.packed, self.scale
+        if self.settled_group() == TILE:
+            return None
+        return self.packed, self.scale.expand(self.shape[0], 1)
+
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         if self.bits == 8 or self.shape[1] % self.group_size:
             return None

@@ -243,6 +243,10 @@ class QuantizedTensor:
         """The tensors as the Triton kernels read them, nothing copied; None for layouts that they do not read."""
         return None
 
+    def scaled_weight(self) -> tuple[Tensor, Tensor] | None:
+        """Codes and scales as `optinfer_kernels.scaled_matmul` reads them; None for layouts that it does not read."""
+        return None
+
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         """The tensors as the C++ kernels read them, nothing copied; None for layouts that they do not read."""
         return None
