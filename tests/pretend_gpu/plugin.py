@@ -37,6 +37,7 @@ def install(card: str = "h100") -> None:
     cuda.patch(cuda.CARDS[card])
     _patch_tensors()
     _patch_attention()
+    _patch_one_hot()
     _patch_kernels()
     _patch_threads()
     MODE.__enter__()
@@ -88,6 +89,20 @@ def _patch_attention() -> None:
         return PretendTensor(out)
 
     torch.nn.functional.scaled_dot_product_attention = attention
+
+
+def _patch_one_hot() -> None:
+    """torch compares with a range made in C++, which would be on the CPU."""
+    usual = torch.nn.functional.one_hot
+
+    def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        if not isinstance(tensor, PretendTensor) or num_classes < 0:
+            return usual(tensor, num_classes)
+        return torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=CUDA).scatter_(
+            -1, tensor[..., None], 1
+        )
+
+    torch.nn.functional.one_hot = one_hot
 
 
 def _patch_kernels() -> None:

@@ -58,6 +58,12 @@ def test_what_only_cuda_has_a_kernel_for():
     assert torch.histc(x, bins=3, min=0, max=2).tolist() == [1, 1, 2]
 
 
+def test_one_hot_is_made_on_the_gpu(log):
+    x = torch.tensor([[0, 2]])
+    there = torch.nn.functional.one_hot(x.to("cuda"), 3)
+    assert log.num_waits == 1 and there.is_cuda and torch.equal(there.cpu(), torch.nn.functional.one_hot(x, 3))
+
+
 def test_numpy_and_generators_of_the_cpu_are_refused():
     with pytest.raises(TypeError, match="numpy"):
         torch.ones(2, device="cuda").numpy()

@@ -132,7 +132,7 @@ def test_chi_square_of_1e5_samples(deterministic):
     for k in range(gamma + 1):  # the laws do not depend on the text here, so each position must have its own
         seen = out[:, k][out[:, k] >= 0]
         counts = torch.bincount(seen, minlength=vocab).double()
-        assert chisquare(counts.numpy(), (p[k] * len(seen)).numpy()).pvalue > 1e-4
+        assert chisquare(counts.cpu().numpy(), (p[k] * len(seen)).cpu().numpy()).pvalue > 1e-4
     # acceptance is sum min(p, q), within 3 sigma
     expected = float(p[0, 1]) if deterministic else float(torch.minimum(p[0], q[0]).sum())
     accepted = float((out[:, 1] >= 0).double().mean())
@@ -193,7 +193,7 @@ def test_greedy_is_the_limit_of_temperature_zero(seed, gamma):
     [
         (torch.zeros(2, dtype=torch.long), torch.ones(2, 4) / 4, torch.ones(2, 4) / 4, "one position more"),
         (torch.zeros(2, dtype=torch.long), torch.ones(2, 3) / 3, torch.ones(3, 4) / 4, "target's vocabulary"),
-        (torch.full((2,), 9), torch.ones(2, 4) / 4, torch.ones(3, 4) / 4, "0..3"),
+        (*(torch.full(shape, x, device="cpu") for shape, x in (((2,), 9), ((2, 4), 0.25), ((3, 4), 0.25))), "0..3"),
         (torch.zeros(1, 1, 1, dtype=torch.long), None, torch.ones(1, 4), "batch"),
     ],
 )
