@@ -13,6 +13,8 @@ from typing import Any
 import anywidget
 import traitlets
 
+from optinfer.widgets.modules import inlined
+
 _COMMON_CSS = (Path(__file__).parent / "common.css").read_text(encoding="utf-8")
 
 _STATIC_PAGE = """\
@@ -48,9 +50,9 @@ element.dataset.ready = "true";
 class StaticWidget(anywidget.AnyWidget):
     """Base of the course's widgets.
 
-    A subclass sets ``_esm`` to the text of a module (see `inlined`) with ``export default { render }``, whose root element
-    has class ``oi``; optionally ``_widget_css``; and tags the traits that the module reads with ``sync=True``. All logic that
-    must work without a kernel is in JavaScript over a trace that Python computed before.
+    A subclass sets ``_esm`` to the path of a module (`inlined` takes in what it imports) with ``export default { render }``,
+    whose root element has class ``oi``; optionally ``_widget_css``; and tags the traits that the module reads with
+    ``sync=True``. All logic that must work without a kernel is in JavaScript over a trace that Python computed before.
     """
 
     _widget_css: str = ""
@@ -60,6 +62,8 @@ class StaticWidget(anywidget.AnyWidget):
             cls
         ):  # anywidget makes a further subclass for each instance, with its own trait of that name
             cls._css = _COMMON_CSS + cls._widget_css
+        if isinstance(source := vars(cls).get("_esm"), Path):
+            cls._esm = inlined(source)
         super().__init_subclass__(**kwargs)
 
     def summary(self) -> str:

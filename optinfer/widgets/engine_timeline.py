@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optinfer.widgets.base import StaticWidget, traitlets
-from optinfer.widgets.modules import inlined
 
 if TYPE_CHECKING:
     from optinfer.serving import Engine
@@ -18,7 +17,7 @@ class EngineTimeline(StaticWidget):
         step: the last step that is shown, from 0.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
 
     runs = traitlets.List().tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)

@@ -6,7 +6,6 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from optinfer.widgets.base import StaticWidget, traitlets
-from optinfer.widgets.modules import inlined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +20,7 @@ class GptqColumns(StaticWidget):
     the same for round to nearest.
     """
 
-    _esm = inlined(pathlib.Path(__file__).with_suffix(".js"))
+    _esm = pathlib.Path(__file__).with_suffix(".js")
 
     frames = traitlets.List().tag(sync=True)
     original = traitlets.List().tag(sync=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optinfer.widgets.base import StaticWidget, traitlets
-from optinfer.widgets.modules import inlined
 
 if TYPE_CHECKING:
     from optinfer_kernels.emulator import Run
@@ -29,7 +28,7 @@ class KernelProfile(StaticWidget):
         line: the chosen line's number; 0: none.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     title = traitlets.Unicode().tag(sync=True)
     lines = traitlets.List().tag(sync=True)

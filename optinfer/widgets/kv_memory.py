@@ -6,7 +6,6 @@ import traitlets
 
 from optinfer.kv_cache import BlockManager, OutOfBlocks, replay
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 # Token ids 0 to 7 are the system prompt; the others are words for questions and answers.
 WORDS = [
@@ -33,7 +32,7 @@ class KVMemory(StaticWidget):
         interval_ms: time between operations when playing.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     events = traitlets.List().tag(sync=True)

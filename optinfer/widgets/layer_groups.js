@@ -1,11 +1,5 @@
 // The history was played by optinfer/widgets/layer_groups.py with the real manager; here its frames are drawn.
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, keepKeys } from "./dom.js";
 
 // Of each sequence and group the pages it holds, in ascending order.
 function held(frame, groups) {
@@ -17,8 +11,7 @@ function held(frame, groups) {
 }
 
 function render({ model, el }) {
-  // JupyterLab takes keys for its own commands (x cuts the cell) unless the focused element says no.
-  el.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = "true"; });
+  keepKeys(el);
   const groups = model.get("groups"), frames = model.get("frames");
   const title = (group, number) => `group ${number}: ${group.layers.length} ${group.kind}` +
     (group.window ? `, window ${group.window}` : "");

@@ -6,7 +6,6 @@ import traitlets
 
 from optinfer import memory
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 
 class MemoryCalculator(StaticWidget):
@@ -19,7 +18,7 @@ class MemoryCalculator(StaticWidget):
         requests: served at the same time.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     models = traitlets.List(memory.presets()).tag(sync=True)

@@ -8,7 +8,6 @@ import traitlets
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
 from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
@@ -32,7 +31,7 @@ class NumberFormats(StaticWidget):
         formats: what the script needs to know about each format.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     blocks = traitlets.List([EXAMPLE]).tag(sync=True)

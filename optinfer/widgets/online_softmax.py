@@ -8,7 +8,6 @@ import traitlets
 
 from optinfer.attention import TileStep, attention_reference, online_softmax_attention
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 
 class OnlineSoftmax(StaticWidget):
@@ -21,7 +20,7 @@ class OnlineSoftmax(StaticWidget):
         step: tiles taken in so far.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     scores = traitlets.List().tag(sync=True)

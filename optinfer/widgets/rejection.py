@@ -7,7 +7,6 @@ import traitlets
 
 from optinfer.speculative.rejection import output_distribution
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 
 class RejectionExplorer(StaticWidget):
@@ -18,7 +17,7 @@ class RejectionExplorer(StaticWidget):
         target, draft: one weight from 0 to 100 per token.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = """
 .oi-rej table { width: 100%; color: inherit; } .oi-rej td { white-space: nowrap; }
 .oi-rej td { vertical-align: middle; } .oi-rej input { width: 90px; }

@@ -6,7 +6,6 @@ from typing import Any
 import traitlets
 
 from optinfer.widgets.base import StaticWidget
-from optinfer.widgets.modules import inlined
 
 
 class SpeculativeStepper(StaticWidget):
@@ -18,7 +17,7 @@ class SpeculativeStepper(StaticWidget):
         prompt: shown above the text; optional.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = """
 .oi-spec .tok { display: inline-block; padding: 0 3px; margin: 1px; border-radius: 4px;
   border: 1px solid transparent; white-space: pre; }

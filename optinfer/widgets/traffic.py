@@ -8,7 +8,6 @@ from typing import Any
 from optinfer.serving.records import StepRecord
 from optinfer.serving.traffic import Arrival, Promise, Rehearsal, Service, serve
 from optinfer.widgets.base import StaticWidget, traitlets
-from optinfer.widgets.modules import inlined
 
 COLUMNS = 120  # of the picture of the queue
 
@@ -26,7 +25,7 @@ class TrafficExplorer(StaticWidget):
         rate, budget: the pair that is shown, as places in the lists.
     """
 
-    _esm = inlined(Path(__file__).with_suffix(".js"))
+    _esm = Path(__file__).with_suffix(".js")
     _widget_css = """
 .oi-traffic svg { width: 100%; height: auto; display: block; } .oi-traffic text { fill: var(--oi-muted); font-size: 11px; }
 .oi-traffic .waiting { fill: var(--oi-orange); } .oi-traffic .running { fill: var(--oi-blue); }

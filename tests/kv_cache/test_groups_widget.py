@@ -1,7 +1,6 @@
 """The figure of layer groups: its frames are the manager's, and the page adds up in node."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 from optinfer.kv_cache import LayerCache, LayerGroupManager, UnknownSequence, layer_groups
 from optinfer.widgets import layer_groups as module
 from optinfer.widgets.layer_groups import LayerGroupsView
+from optinfer.widgets.modules import inlined
+from tests.javascript import NODE, needs_node
 
 GROUPS = layer_groups([LayerCache("full", 1, 8, 8), LayerCache("sliding", 1, 8, 8, window=8)])
 HISTORY = [("A", 10), ("B", 7), ("A", 20), ("B", 40), ("A", 0), ("B", 4)]
@@ -49,16 +50,16 @@ def test_refusals() -> None:
         LayerGroupsView.of(GROUPS, 16, 4, [("A", 0)])
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@needs_node
 def test_tables_hold_every_page_once(widget: LayerGroupsView, tmp_path: Path) -> None:
-    shutil.copy(Path(module.__file__).with_suffix(".js"), tmp_path / "groups.mjs")
+    (tmp_path / "groups.mjs").write_text(inlined(Path(module.__file__).with_suffix(".js")), encoding="utf-8")
     program = tmp_path / "program.mjs"
     program.write_text(
         'import widget from "./groups.mjs";\n'
         f"const groups = {json.dumps(widget.groups)}, frames = {json.dumps(widget.frames)};\n"
         "console.log(JSON.stringify(frames.map((frame) => widget.held(frame, groups))));\n"
     )
-    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run([NODE, str(program)], capture_output=True, text=True, timeout=600, check=True)
     for frame, rows in zip(widget.frames, json.loads(done.stdout), strict=True):
         assert {row["sequence"]: row["length"] for row in rows} == frame["lengths"]
         pages = sorted(page for row in rows for group in row["pages"] for page in group)
