@@ -84,7 +84,8 @@ def of_models() -> Table:
             _said(growing == layers, f"{growing} of {layers} layers", partly=growing > 0),
         ))  # fmt: skip
     return Table(
-        ("model", "1: 16 bits need two GPUs", "2: 4 bits fit one", "9: the cache grows with every token"), tuple(rows)
+        ("model", "1: 16 bits need more than one GPU", "2: 4 bits fit one", "9: the cache grows with every token"),
+        tuple(rows),
     )
 
 
