@@ -62,6 +62,37 @@ def table() -> Table:
     return Table(("#", "claim", "measured", "on", "verdict"), tuple(rows))
 
 
+def of_models() -> Table:
+    """The claims about memory for every model of `memory.MODELS`, computed from its shape: do the 16-bit weights need more than
+    one GPU of 80 GB (1), do those of 4 bits fit one (2), and does each token still add to the cache at 128k tokens (9)?
+    """
+    from optinfer import memory
+
+    one = memory.GPUS["A100 or H100"] * 1e9
+    rows = []
+    for name, shape in memory.MODELS.items():
+        halves = 2 * shape.parameters
+        fours = shape.linear_parameters * 4.25 / 8 + 2 * shape.other_parameters  # MXFP4, or int4 in groups of 64
+        layers = sum(count for count, _ in shape.cache)
+        growing = sum(
+            n for n, kept in shape.cache if kept.tokens(2**17 + 1) > kept.tokens(2**17) and kept.numbers_per_token
+        )
+        rows.append((
+            name,
+            _said(halves > one, f"{halves / 1e9:,.1f} GB"),
+            _said(fours <= one, f"{fours / 1e9:,.1f} GB"),
+            _said(growing == layers, f"{growing} of {layers} layers", partly=growing > 0),
+        ))  # fmt: skip
+    return Table(
+        ("model", "1: 16 bits need more than one GPU", "2: 4 bits fit one", "9: the cache grows with every token"),
+        tuple(rows),
+    )
+
+
+def _said(holds: bool, measured: str, partly: bool = False) -> str:
+    return f"{'holds' if holds else 'in part' if partly else 'does not hold'}: {measured}"
+
+
 def listed() -> Table:
     """The claims up front: what is said, who says it, and the lesson that measures it."""
     from optinfer import data

@@ -163,6 +163,10 @@ class Lesson:
         """The claims of all lessons, as far as they were run on this computer."""
         return claims.table()
 
+    def model_ledger(self) -> Table:
+        """The claims about memory for each known model, computed from its shape."""
+        return claims.of_models()
+
     def device_name(self) -> str:
         import torch
 

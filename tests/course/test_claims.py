@@ -63,3 +63,32 @@ def test_every_claim_names_a_lesson_that_measures_it():
     for number, name in claims.LESSONS.items():
         text = (MASTERS / f"{name}.md").read_text(encoding="utf-8")
         assert re.search(rf"lesson\.claim\({number}\b", text), (number, name)
+
+
+def test_claims_of_models_follow_from_their_shapes():
+    from optinfer import memory
+
+    rows = {name: said for name, *said in claims.of_models().rows}
+    assert set(rows) == set(memory.MODELS)
+    verdicts = {name: [text.split(":")[0] for text in said] for name, said in rows.items()}
+    no, part, yes = "does not hold", "in part", "holds"
+    assert verdicts["Llama-2-70B"] == [yes, yes, yes] and rows["Llama-2-70B"][0] == "holds: 138.0 GB"
+    assert verdicts["Llama-3-8B"] == [no, yes, yes]
+    assert verdicts["Gemma-3-27B"] == [no, yes, part] and rows["Gemma-3-27B"][2] == "in part: 10 of 62 layers"
+    assert verdicts["Qwen3-Next-80B"] == [yes, yes, part]
+    assert verdicts["DeepSeek-V3"] == [yes, no, yes]
+    for (
+        name,
+        shape,
+    ) in memory.MODELS.items():  # all layers grow: the cache is so many times a token's bytes, and nothing else
+        assert (verdicts[name][2] == yes) == (shape.kv_bytes(200_000) == 200_000 * shape.kv_bytes_per_token())
+
+
+def test_a_model_whose_layers_all_forget(monkeypatch):
+    from dataclasses import replace
+
+    from optinfer import memory
+
+    gemma = memory.MODELS["Gemma-3-27B"]
+    monkeypatch.setattr(memory, "MODELS", {"all sliding": replace(gemma, cache=gemma.cache[:1])})
+    assert claims.of_models().rows[0][3] == "does not hold: 0 of 52 layers"

@@ -60,6 +60,41 @@ def test_compressed_tensors(name, scheme, options, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(restored(model)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["plain", "tied", "skipped", "biased", "pictures, text only", "head"])
+@pytest.mark.parametrize(
+    ("scheme", "options", "dtype"),
+    [
+        ("fp8", {}, torch.float32),
+        ("fp8", {"block_size": "tensor"}, torch.float32),
+        ("mxfp8", {}, torch.bfloat16),
+        ("mxfp4", {}, torch.bfloat16),
+        ("nvfp4", {}, torch.bfloat16),
+    ],
+    ids=["fp8", "fp8 tensor", "mxfp8", "mxfp4", "nvfp4"],
+)
+def test_small_floats(name, scheme, options, dtype, tmp_path):
+    """Their layers hold our numbers, their model says what one with these numbers says. They restore blocks to bfloat16,
+    whatever the dtype asked for, bit for bit as we do.
+    """
+    pytest.importorskip("compressed_tensors")
+    auto, model, skip = made(name)
+    plain = copy.deepcopy(model.to(dtype))
+    quantize(model, scheme, skip=skip, progress=False, **options)
+    folder = save_checkpoint(model, tmp_path / "out")
+    theirs = auto.from_pretrained(folder, dtype=dtype).eval()
+    ours = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for n, layer in ours.items():
+        plain.get_submodule(n).weight.data = layer.quantized.dequantize(dtype)
+    plain.save_pretrained(tmp_path / "plain")
+    plain = auto.from_pretrained(tmp_path / "plain", dtype=dtype).eval()  # what is not saved is computed as theirs is
+    said = logits(theirs)  # restores the weights
+    close = {"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-9}
+    assert {n for n, m in theirs.named_modules() if hasattr(m, "quantization_scheme")} == set(ours)
+    for n, layer in ours.items():
+        torch.testing.assert_close(theirs.get_submodule(n).weight.data, layer.quantized.dequantize(dtype), **close)
+    torch.testing.assert_close(said, logits(plain), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "head"])
 @pytest.mark.parametrize("scheme", ["nf4", "llm_int8"])
 def test_bitsandbytes(name, scheme, tmp_path):

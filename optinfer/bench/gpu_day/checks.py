@@ -22,6 +22,7 @@ from optinfer.bench.gpu_day.steps import NotHere, Rows
 from optinfer.bench.random_model import random_model
 from optinfer.kv_cache.attention import paged_attention, paged_attention_reference
 from optinfer.quantization.formats.gpu import as_kernel_weight
+from optinfer.quantization.formats.products import quantized_matmul as quantized_matmul_of
 from optinfer.quantization.model import quantize
 from optinfer.quantization.schemes import resolve_scheme
 
@@ -100,6 +101,19 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
                     return product(x, w)
 
                 yield _compared("quantized", case, compute, exact, limit)
+    # Small floats in eight bits, where the GPU knows E4M3.
+    e4m3 = ("fp8", "mxfp8") if (hardware.capability(device) or (0, 0)) >= (8, 9) else ()
+    for name, (rows, columns), count in itertools.product(e4m3, shapes, tokens):
+        weight, x = _random(torch.bfloat16, (rows, columns), (count, columns))
+        packed = resolve_scheme(name).quantize(weight)
+        restored = packed.dequantize(torch.float64)
+        limit = 2 * OUTPUT_ULP[torch.bfloat16] * (x.double().abs() @ restored.abs().T).max().item()
+        case = f"scaled {name} {torch.bfloat16} {rows}x{columns}, {count} tokens"
+
+        def compute_scaled(x=x, q=packed) -> Tensor:
+            return quantized_matmul_of(x, q, backend="triton")
+
+        yield _compared("quantized", case, compute_scaled, x.double() @ restored.T, limit)
     for (rows, columns), count in itertools.product(shapes, tokens):
         a, b = (torch.randint(-128, 128, (n, columns), device=device).to(torch.int8) for n in (count, rows))
         case = f"int8 {rows}x{columns}, {count} tokens"
