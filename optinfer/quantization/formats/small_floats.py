@@ -166,7 +166,8 @@ class BlockFloats(QuantizedTensor):
     def kernel_weight(self) -> QuantizedWeight | None:
         if self.bits == 8 or self.shape[1] % self.block_size:
             return None
-        return QuantizedWeight(self.packed, self.scales(), self.block_size, E2M1)  # a codebook, scales in float32
+        # A codebook, and scales in float32: a copy anyhow, so in the order that the kernel reads best.
+        return QuantizedWeight(self.packed, self.scales(), self.block_size, E2M1).by_group()
 
     def cpu_weight(self, bias: Tensor | None = None) -> CpuWeight | None:
         if self.bits == 8 or self.shape[1] % self.block_size:
