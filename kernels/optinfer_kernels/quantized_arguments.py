@@ -1,7 +1,7 @@
 """What the quantized products accept, checked in one place. Needs torch only."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ class QuantizedWeight:
     codebook is -8 ... 7. 8 bits: ``w[n, k] = code * scale[n, group]`` with signed codes.
 
     codes: uint8 [out, in / 2], or int8 [out, in].
-    scale: float [out, groups], or uint8 codes of the same shape with `nested`.
+    scale: float [out, groups] with any strides, or uint8 codes of the same shape, contiguous, with `nested`.
     group_size: columns that share a scale; the number of columns for one scale per row.
     codebook: the 16 values that codes stand for, 4 bits only.
     zero_point: uint8 [out, ceil(groups / 2)], packed like the codes, 4 bits only: codes that mean zero.
@@ -56,6 +56,8 @@ class QuantizedWeight:
             )
         if (self.scale.dtype == torch.uint8) != (self.nested is not None):
             raise TypeError(f"scale has dtype {self.scale.dtype}: uint8 goes with nested scales, floats without")
+        if self.nested is not None and not self.scale.is_contiguous():
+            raise ValueError(f"scale must be contiguous with nested scales, got strides {self.scale.stride()}")
         if self.codebook is not None and len(self.codebook) != 16:
             raise ValueError(f"codebook must hold 16 values, got {len(self.codebook)}")
         expected = [self.out_features, (self.groups + 1) // 2]
@@ -77,6 +79,13 @@ class QuantizedWeight:
     @property
     def groups(self) -> int:
         return -(-self.in_features // self.group_size)
+
+    def by_group(self) -> "QuantizedWeight":
+        """The same weight, its scales copied so that those of one group lie side by side: strides (1, out).
+
+        `quantized_matmul_fast` then reads whole sectors of them. Raises ValueError for nested scales.
+        """
+        return replace(self, scale=self.scale.t().contiguous().t())
 
     @property
     def nbytes(self) -> int:

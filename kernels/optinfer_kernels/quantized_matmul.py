@@ -43,7 +43,7 @@ def load_zero(zero_ptr, row, group, groups, exists):
 @triton.jit
 def quantized_matmul_kernel(
     x_ptr, codes_ptr, codebook_ptr, scale_ptr, nested_ptr, table_ptr, offset_ptr, zero_ptr, out_ptr,
-    N, K, row_bytes, groups, group_size,
+    N, K, row_bytes, groups, scale_row, scale_group, group_size,
     BITS: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of output features, tokens)."""
@@ -62,7 +62,8 @@ def quantized_matmul_kernel(
         group = k // group_size
         if ZEROS:
             weight -= load_zero(zero_ptr, n, group, groups, exists)
-        weight *= load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + group, exists, NESTED)
+        scale_index = n * scale_row + group * scale_group
+        weight *= load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, scale_index, exists, NESTED)
         x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
         sums += weight * x
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,7 +79,8 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     launch(
         quantized_matmul_kernel, (triton.cdiv(weight.out_features, BLOCK_N), len(x)),
         x, *pointers(weight, torch.float32), out,
-        weight.out_features, weight.in_features, weight.codes.shape[1], weight.groups, weight.group_size,
+        weight.out_features, weight.in_features, weight.codes.shape[1], weight.groups, *weight.scale.stride(),
+        weight.group_size,
         BITS=weight.bits, NESTED=weight.nested is not None, ZEROS=weight.zero_point is not None,
         BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
@@ -86,9 +88,12 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 
 def pointers(weight: QuantizedWeight, codebook_dtype: torch.dtype) -> list[torch.Tensor]:
-    """The weight's tensors in the order of the kernels' arguments; where there is none, any other stands in."""
-    nested = weight.nested
-    book = weight.codebook and codebook_tensor(weight.codebook, codebook_dtype, weight.codes.device)
-    found = [weight.codes, book, weight.scale]
-    found += [nested.absmax, nested.table, nested.offset] if nested is not None else [None] * 3
-    return [weight.codes if t is None else t.contiguous() for t in [*found, weight.zero_point]]
+    """The weight's tensors in the order of the kernels' arguments; where there is none, any other stands in.
+
+    All but the scales, which keep their strides, lie row by row.
+    """
+    nested, codes = weight.nested, weight.codes.contiguous()
+    book = weight.codebook and codebook_tensor(weight.codebook, codebook_dtype, codes.device)
+    rest = [nested.absmax, nested.table, nested.offset] if nested is not None else [None] * 3
+    rest = [codes if t is None else t.contiguous() for t in [*rest, weight.zero_point]]
+    return [codes, codes if book is None else book, weight.scale, *rest]

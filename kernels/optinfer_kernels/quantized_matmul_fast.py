@@ -7,12 +7,14 @@ byte per weight, five instructions for each and the memory waits for the kernel.
 - the multiply-adds are the tensor cores'. The weight takes the rows of the product and the tokens its columns, of
   which a tile needs only 8; a single token wastes seven of them, which costs nothing that anybody waits for;
 - even and odd columns come out of the decoding apart, and stay so: two products, with x split to match;
-- a scale is applied once per group, to the sums of the group, not to weights;
+- a scale is applied once per group, to the sums of the group, not to weights. Lanes hold neighbouring rows: with scales
+  stored group by group (`QuantizedWeight.by_group`) they read neighbours, else each lane reads a sector of its own;
 - where the output is too narrow to fill the GPU, the columns are split over programs too, and a second kernel adds up.
 
-Left as it is: each row's scale comes in a sector of its own. Loads of four scales ask for 38 % fewer sectors (16,784 to 10,384
-in the emulator, 256 x 2048 int4 weights, groups of 64) and issue 4 to 6 % more instructions to pick one out. A step's 128
-sectors keep the first cache busy for 32 cycles, its instructions the schedulers for 375: instructions are what runs out.
+Scales as files hold them, row by row, cost a sector for each: 16,784 sectors for 256 x 2048 int4 weights in groups of 64, where
+`by_group` asks for 9,104. It is a second copy of the scales, 6 % of the weight, and a step's 128 sectors keep the first cache
+busy for 32 cycles, its instructions the schedulers for 375; so layers read them where they lie, until a GPU says otherwise.
+(Several scales a load, kept in registers, was tried too: 38 % fewer sectors, and 4 to 6 % more instructions to pick one.)
 
 With more tokens than fit one tile each tile decodes the weight again; its caller knows when to stop.
 """
@@ -65,13 +67,14 @@ def decode_bytes(octets, x_ptr, DECODING: tl.constexpr):
 @triton.jit
 def quantized_matmul_fast_kernel(
     x_ptr, codes_ptr, codebook_ptr, scale_ptr, nested_ptr, table_ptr, offset_ptr, zero_ptr, out_ptr,
-    M, N, K, row_bytes, groups, splits,
+    M, N, K, row_bytes, groups, scale_row, scale_group, splits,
     BITS: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr, DECODING: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of output features, splits, blocks of tokens). BLOCK_K divides GROUP; WHOLE: it divides K too.
 
-    Writes [M, N], or with several splits each its own sums, float32 [splits, M, N].
+    scale_row, scale_group: strides of the scales. Writes [M, N], or with several splits each its own sums, float32
+    [splits, M, N].
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -83,7 +86,8 @@ def quantized_matmul_fast_kernel(
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     group = tl.minimum(split * per_split, K - 1) // GROUP  # the last splits may have no columns at all
-    scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + group, n < N, NESTED)
+    scale_index = n * scale_row + group * scale_group
+    scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, scale_index, n < N, NESTED)
     for start in tl.range(split * per_split, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_exists = (m < M)[:, None] if WHOLE else (m < M)[:, None] & (k < K)[None, :]
@@ -104,7 +108,8 @@ def quantized_matmul_fast_kernel(
             )
         total += sums * scale[:, None]
         next_group = tl.minimum(start + BLOCK_K, K - 1) // GROUP  # asked for one step ahead: its way is long
-        scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, n * groups + next_group, n < N, NESTED)
+        scale_index = n * scale_row + next_group * scale_group
+        scale = load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, scale_index, n < N, NESTED)
 
     out_ptrs = out_ptr + split.to(tl.int64) * M * N + m[None, :] * N + n[:, None]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
@@ -186,7 +191,7 @@ def quantized_matmul(
         quantized_matmul_fast_kernel,
         (triton.cdiv(out_features, tile.block_n), splits, triton.cdiv(tokens, tile.block_m)),
         x, *pointers(weight, x.dtype), part,
-        tokens, out_features, weight.in_features, weight.codes.shape[1], weight.groups, splits,
+        tokens, out_features, weight.in_features, weight.codes.shape[1], weight.groups, *weight.scale.stride(), splits,
         BITS=weight.bits, NESTED=weight.nested is not None, ZEROS=weight.zero_point is not None,
         DECODING="" if will_interpret(x.device) else decoding(weight.codebook, x.dtype), GROUP=group,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,

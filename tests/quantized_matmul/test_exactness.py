@@ -90,6 +90,25 @@ def test_wide_layers_split_by_themselves():
     assert fast.choose_splits(tall, fast.tile_for(1, 4, 64), 1, processors=132) == 1
 
 
+@pytest.mark.parametrize("name", ["nf4", "int4 affine", "int8"])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_scales_by_group(name, splits):
+    """The order of the scales in memory changes no bit, ragged rows included."""
+    w = make_weight(name, 37, 64 * 5, 64)
+    assert w.by_group().scale.stride() == (1, 37)
+    x = torch.randn(3, w.in_features).half().to(DEVICE)
+    by_row, by_group = to_device(w), to_device(w).by_group()
+    assert torch.equal(
+        fast.quantized_matmul(x, by_row, splits=splits), fast.quantized_matmul(x, by_group, splits=splits)
+    )
+    assert torch.equal(readable.quantized_matmul(x, by_row), readable.quantized_matmul(x, by_group))
+
+
+def test_nested_scales_keep_their_order():
+    with pytest.raises(ValueError, match=r"scale must be contiguous with nested scales, got strides \(1, 8\)"):
+        make_weight("nf4 nested", 8, 128, 64).by_group()
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_extreme_scales(scale):
     """Scales are float32 whatever x is: nothing overflows before the sum does."""

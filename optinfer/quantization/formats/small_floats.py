@@ -168,7 +168,8 @@ class BlockFloats(QuantizedTensor):
     def kernel_weight(self) -> QuantizedWeight | None:
         if self.bits == 8 or self.shape[1] % self.group_size:
             return None
-        return QuantizedWeight(self.packed, self.scales(), self.group_size, E2M1)  # a codebook, scales in float32
+        # A codebook, and scales in float32: a copy anyhow, so in the order that the kernel reads best.
+        return QuantizedWeight(self.packed, self.scales(), self.group_size, E2M1).by_group()
 
     def scaled_weight(self) -> tuple[Tensor, Tensor] | None:
         """E4M3 with a scale per block, row or tensor. The kernel for codebooks reads MXFP4; NVFP4's instruction wants activations
