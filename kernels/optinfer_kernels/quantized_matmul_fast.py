@@ -12,7 +12,7 @@ byte per weight, five instructions for each and the memory waits for the kernel.
 - where the output is too narrow to fill the GPU, the columns are split over programs too, and a second kernel adds up.
 
 Scales as files hold them, row by row, cost a sector for each: 16,784 sectors for 256 x 2048 int4 weights in groups of 64, where
-`by_group` asks for 9,104. It is a second copy of the scales, 6 % of the weight, and a step's 128 sectors keep the first cache
+`by_group` asks for 8,864. It is a second copy of the scales, 6 % of the weight, and a step's 128 sectors keep the first cache
 busy for 32 cycles, its instructions the schedulers for 375; so layers read them where they lie, until a GPU says otherwise.
 (Several scales a load, kept in registers, was tried too: 38 % fewer sectors, and 4 to 6 % more instructions to pick one.)
 
