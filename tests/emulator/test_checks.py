@@ -134,6 +134,29 @@ def test_mbarriers(change, kind):
     assert found == set() if kind is None else kind in found
 
 
+TWO_WAIT = f"""
+mov.u32 %r6, global_smem;
+setp.eq.u32 %p1, %r0, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r6+512], 1;
+{{visible}}
+@%p1 mbarrier.arrive.shared::cta.b64 _, [%r6+512];
+{PARTS["wait"].replace("{", "{{").replace("}", "}}")}
+{{all_through}}
+@%p1 mbarrier.inval.shared::cta.b64 [%r6+512];
+"""
+
+
+@pytest.mark.parametrize("dropped, kind", [
+    (None, None),
+    ("visible", "mbarrier used before its init is visible"),  # by a thread that only waits
+    ("all_through", "mbarrier invalidated while others may wait"),
+])  # fmt: skip
+def test_waits_lie_between_init_and_inval(dropped, kind):
+    barriers = {name: "" if name == dropped else "bar.sync 0;" for name in ("visible", "all_through")}
+    found = kinds(TWO_WAIT.format(**barriers), threads=64)
+    assert found == set() if kind is None else kind in found
+
+
 def test_an_arrival_that_never_comes():
     with pytest.raises(Deadlock, match="mbarrier"):
         run(MBARRIER.format(**PARTS | {"count": "33"}), threads=64)

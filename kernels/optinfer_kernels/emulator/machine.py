@@ -309,7 +309,7 @@ def wait_for_mbarrier(m: Machine, i: Instruction) -> Callable[[Party], bool]:
         if not m.mbarriers.is_past(*party.waits_for):
             m.executed[party.at] -= len(party.warps)  # counted once, however long it takes
             return False
-        m.mbarriers.acquire(party.waits_for[0], party.warps)
+        m.mbarriers.acquire(party.waits_for[0], party.warps, i)
         party.waits_for = None
         done[party.mask] = True
         party.at += 1

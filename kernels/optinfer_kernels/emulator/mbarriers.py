@@ -21,6 +21,7 @@ class Mbarrier:
     phase: int = 0
     clock: np.ndarray = field(default_factory=lambda: np.zeros(0))  # what those who arrived in this phase have seen
     last_clock: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the same, of the phase before
+    waited: dict[int, int] = field(default_factory=dict)  # warp -> its time when it last waited here
 
 
 class Mbarriers:
@@ -45,6 +46,9 @@ class Mbarriers:
         if b is not None:
             if b.missing != b.count or b.nbytes:
                 self.m.findings.add("mbarrier invalidated in use", i, f"at {at}")
+            races, warp = self.m.races, thread // 32
+            if races and any(time > races.clock[warp, other] for other, time in b.waited.items() if other != warp):
+                self.m.findings.add("mbarrier invalidated while others may wait", i, f"at {at}")
             del self.at[at]
 
     def find(self, at: int, i: Instruction, thread: int | None = None) -> Mbarrier | None:
@@ -90,10 +94,15 @@ class Mbarriers:
         b = self.at.get(at)
         return b is not None and b.phase % 2 != parity
 
-    def acquire(self, at: int, warps: np.ndarray) -> None:
+    def acquire(self, at: int, warps: np.ndarray, i: Instruction) -> None:
         """Those who waited have now seen what those who arrived had seen."""
-        if self.m.races:
-            self.m.races.acquire(warps, self.at[at].last_clock)
+        b, races = self.at[at], self.m.races
+        if races:
+            for warp in warps:
+                self.find(at, i, 32 * int(warp))
+                b.waited[int(warp)] = int(races.clock[warp, warp])
+            races.acquire(warps, b.last_clock)
+            races.tick(warps)
 
     def finish(self) -> None:
         pass  # Triton leaves the last barriers as they are
