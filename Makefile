@@ -29,11 +29,14 @@ notebooks: setup  ## make the notebooks from their masters
 	@$(BIN)/python scripts/build_notebooks.py
 
 # Tests with the GPU as the default device: the real one where there is one, else a pretended H100 and a pretended T4.
-ROOMS := tests/pretend_gpu tests/attention tests/quantized_matmul tests/kv_cache tests/speculative tests/serving
+# Pretended, kernels are interpreted; in rooms that are not about kernels once for each kind of input, then their formula.
+KERNEL_ROOMS := tests/pretend_gpu tests/attention tests/quantized_matmul tests/kv_cache
+OTHER_ROOMS := tests/speculative tests/serving
 GPU_TESTS := OPTINFER_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m "$(QUICK) or gpu"
 test-gpu: setup  ## the package on a GPU, or on a pretended one
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(GPU_TESTS) $(ROOMS); else \
-		for card in h100 t4; do PRETEND_GPU=$$card $(GPU_TESTS) -p tests.pretend_gpu.plugin $(ROOMS) || exit 1; done; fi
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(GPU_TESTS) $(KERNEL_ROOMS) $(OTHER_ROOMS); else \
+		for card in h100 t4; do export PRETEND_GPU=$$card; $(GPU_TESTS) -p tests.pretend_gpu.plugin $(KERNEL_ROOMS) || exit 1; \
+		PRETEND_KERNELS=once $(GPU_TESTS) -p tests.pretend_gpu.plugin $(OTHER_ROOMS) || exit 1; done; fi
 
 # One room each, in a minute or two: `make test-serving`.
 test-%: setup

@@ -40,6 +40,7 @@ def interpret_once() -> None:
 
 def _once(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
     seen: set[Any] = set()
+    formula = _on_the_cpu(formula)
 
     @functools.wraps(kernel)
     def run(*args: Any, **options: Any) -> Any:
@@ -116,6 +117,16 @@ def _weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
             del _restored[old]
         _restored[key] = StorageWeakRef(storage), restore(weight, dtype).to(dtype)
     return _restored[key][1]
+
+
+def _on_the_cpu(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """What it makes without saying where is there, whatever the default device."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with torch.device("cpu"):
+            return formula(*args, **options)
+
+    return run
 
 
 def _quantized(x: torch.Tensor, weight: Any) -> torch.Tensor:
