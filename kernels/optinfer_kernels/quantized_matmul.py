@@ -93,7 +93,7 @@ def pointers(weight: QuantizedWeight, codebook_dtype: torch.dtype) -> list[torch
     All but the scales, which keep their strides, lie row by row.
     """
     nested, codes = weight.nested, weight.codes.contiguous()
-    book = weight.codebook and codebook_tensor(weight.codebook, codebook_dtype, codes.device)
+    book = codebook_tensor(weight.codebook, codebook_dtype, codes.device) if weight.codebook else None
     rest = [nested.absmax, nested.table, nested.offset] if nested is not None else [None] * 3
     rest = [codes if t is None else t.contiguous() for t in [*rest, weight.zero_point]]
     return [codes, codes if book is None else book, weight.scale, *rest]
