@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "bench": "optinfer_kernels attention card cpu data doctor errors execute folders hardware kv_cache memory models"
     " noise plots quantization results serving speculative",
     "widgets": "optinfer_kernels attention kv_cache memory quantization serving speculative",
-    "course": "optinfer_kernels card data errors folders hardware models plots processor quantization",
+    "course": "optinfer_kernels card data errors folders hardware memory models plots processor quantization",
     "commands": "optinfer_kernels bench course data doctor folders hardware models quantization results",
     "cli": "errors optinfer",
 }
