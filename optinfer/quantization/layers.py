@@ -258,11 +258,12 @@ def _try_out(model: nn.Module, selection: Selection) -> None:
                 expected = _tensors(model(**inputs))
         except Exception:
             expected = []
-        for name, layer in layers.items():
-            if id(layer) in asked:
-                del selection.layers[name]
-                selection.left[name] = "other code reads its weight"
-        chosen = [layer for layer in layers.values() if id(layer) not in asked]
+        # Who reads one such layer's weight reads that of the others, too: of experts that no token of the input reached.
+        read = {_role(model, name) for name, layer in layers.items() if id(layer) in asked}
+        for name in [name for name in layers if _role(model, name) in read]:
+            del layers[name], selection.layers[name]
+            selection.left[name] = "other code reads its weight"
+        chosen = list(layers.values())
         if not expected or expected[0].is_meta:
             return
         try:
@@ -279,6 +280,12 @@ def _try_out(model: nn.Module, selection: Selection) -> None:
             f"{type(model).__name__} computes something else once its linear layers are exchanged for others of equal results "
             f"(relative error {difference:.2g}): other code depends on them. Name the layers to leave alone in skip"
         )
+
+
+def _role(model: nn.Module, name: str) -> tuple[type, str]:
+    """Whose layer it is, and what its owner calls it."""
+    parent, _, own = name.rpartition(".")
+    return type(model.get_submodule(parent)), own
 
 
 PROBE_TOLERANCE = 1e-2  # the products are the same ones; a layer that falls out changes everything

@@ -66,6 +66,52 @@ class Reader(transformers.PreTrainedModel):
         return self.attention(x, x, x)[0]
 
 
+class Expert(nn.Module):
+    """As T5's and Switch Transformers' dense layers: the second one's dtype is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.wo(self.wi(x).to(self.wo.weight.dtype))
+
+
+class Experts(transformers.PreTrainedModel):
+    """Token 100 and above go to the second expert, and the short input has none of them."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(128, 64)
+        self.experts = nn.ModuleDict({"low": Expert(), "high": Expert()})
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, **_):
+        x = self.embed(input_ids)
+        high = input_ids >= 100
+        out = torch.empty_like(x)
+        for mask, name in ((high, "high"), (~high, "low")):
+            if mask.any():
+                out[mask] = self.experts[name](x[mask])
+        return out
+
+
+def test_what_is_read_of_one_expert_is_read_of_those_that_no_token_reached():
+    model = Experts(transformers.LlamaConfig(**TINY | {"vocab_size": 128}))
+    ids = torch.arange(96, 112)[None]
+    before = model(ids)
+    selection = select_layers(model)
+    assert set(selection.layers) == {"experts.low.wi", "experts.high.wi"}
+    assert selection.left["experts.high.wo"] == "other code reads its weight"
+    quantize(model, "nf4", progress=False)
+    assert (model(ids) - before).norm() < 0.2 * before.norm()
+
+
 def test_layers_whose_weight_others_read_are_left_and_named():
     model = Reader(transformers.LlamaConfig(**TINY))
     before = model(IDS)
