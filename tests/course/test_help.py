@@ -141,15 +141,29 @@ def test_a_right_result_by_way_of_a_changed_input_is_no_misconception():
 
 
 def test_one_of_several_mistakes_is_recognized():
-    def range_and_dtype(x):  # neither widened to hold 0, nor clamped, and the zero point is a float
-        low, high = x.min(), x.max()
-        scale = (high - low) / 255
-        zero = (-low / scale).round()
-        return ((x / scale).round() + zero).to(torch.uint8), scale, zero
+    """Where it explains at least half of the inputs that fail; below that it may be another mistake altogether."""
 
-    result = checks.evaluate(exercises.get("quantization.zero_point"), range_and_dtype)
+    def quantize(x, low, high, shift, scale_of_nothing=0.0):
+        scale = (high - low) / 255
+        if scale == 0:
+            return torch.zeros_like(x, dtype=torch.uint8), scale + scale_of_nothing, torch.tensor(0)
+        zero = (-low / scale).round()
+        codes = ((x / scale).round() + zero).clamp(0, 255)
+        return codes.to(torch.uint8) + shift, scale, zero.long()
+
+    def range_and_nothing(x):  # the range is not widened to hold 0; and nothing but zeros has another scale
+        x = x.float()
+        return quantize(x, x.min(), x.max(), 0, scale_of_nothing=1.0)
+
+    def range_and_all(x):
+        x = x.float()
+        return quantize(x, x.min(), x.max(), 1)
+
+    exercise = exercises.get("quantization.zero_point")
+    result = checks.evaluate(exercise, range_and_nothing)
     assert result.misconception == "a range that does not hold zero"
     assert "common mistake" in result.message and "far from zero" in result.message
+    assert checks.evaluate(exercise, range_and_all).misconception is None
 
 
 def test_an_error_names_the_readers_line():

@@ -65,7 +65,7 @@ def test_compressed_tensors(name, scheme, options, tmp_path):
     ("scheme", "options", "dtype"),
     [
         ("fp8", {}, torch.float32),
-        ("fp8", {"block_size": "tensor"}, torch.float32),
+        ("fp8", {"group_size": "tensor"}, torch.float32),
         ("mxfp8", {}, torch.bfloat16),
         ("mxfp4", {}, torch.bfloat16),
         ("nvfp4", {}, torch.bfloat16),
