@@ -48,7 +48,9 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [name if name == "An exercise" else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
 def test_the_change_is_all_that_it_takes(name: str, tmp_path: Path) -> None:
     for folder in COPIED:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_build"))

@@ -20,6 +20,7 @@ def test_a_readers_wrong_answer(reader):
         assert words not in result.message, result.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: f"{reader.id}-{reader.belief}")
 def test_a_readers_wrong_answer_is_rejected_whatever_the_seed(reader):
     assert not checks.evaluate(exercises.get(reader.id), reader.answer, seed=77).passed
