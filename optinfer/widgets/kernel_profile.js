@@ -33,7 +33,7 @@ function render({ model, el }) {
     button.onclick = () => { model.set("line", line.number); model.save_changes(); };
     const count = element("td", { class: "oi-count oi-mono" }), bar = element("div", { class: "oi-bar" });
     const row = element("tr", {}, element("td", {}, button), count, element("td", {}, bar),
-      element("td", {}, element("pre", { class: "oi-mono" }, line.code)));
+      element("td", {}, element("span", { class: "oi-mono oi-code" }, line.code)));
     return { line, row, count, bar, button };
   });
   body.append(...rows.map(({ row }) => row));
