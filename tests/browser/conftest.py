@@ -1,8 +1,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,29 @@ def chromium() -> Iterator:
         pytest.skip("no Chromium on the PATH: scripts/ensure_chromium.sh installs one")
     with browser.chromium() as running:
         yield running
+
+
+@pytest.fixture
+def show(chromium: Any, tmp_path: Path) -> Iterator[Callable]:
+    """Opens a figure alone on a page as narrow as a phone's. Afterwards: it fits, and nothing complained."""
+    from browser import Complaints, served
+
+    with served(tmp_path) as home:
+        complaints = Complaints(home)
+        page = complaints.watch(chromium.new_context(viewport={"width": 400, "height": 800}).new_page())
+
+        def opened(widget: Any) -> Any:
+            text = f"<!doctype html><html lang=en><title>figure</title><body>{widget.static_html()}"
+            (tmp_path / "index.html").write_text(text, encoding="utf-8")
+            (tmp_path / "favicon.ico").write_bytes(b"")
+            page.goto(home)
+            page.locator(".oi-static[data-ready]").wait_for(timeout=20_000)
+            return page
+
+        yield opened
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert complaints.take() == []
+        page.context.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """The figure of a kernel's lines in Chromium: the chosen measure is drawn, the chosen line is told."""
 
-from pathlib import Path
+from collections.abc import Callable
 
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import expect
 
 from optinfer.widgets.kernel_profile import KernelProfile
 
@@ -19,33 +19,21 @@ def line(number: int, code: str, instructions: int, sectors: list[int]) -> dict:
     }
 
 
-def test_measures_and_lines_are_chosen(chromium: Browser, tmp_path: Path) -> None:
-    from browser import Complaints, served
-
+def test_measures_and_lines_are_chosen(show: Callable) -> None:
     lines = [line(7, "def kernel(x):", 0, [0, 0]), line(8, "    a = tl.load(x + 9 * i)  # " + "far " * 40, 12, [64, 8])]
     lines.append(line(9, "    tl.store(x, a)", 48, [8, 8]))
     widget = KernelProfile(title="kernel on sm_90", lines=lines)
-    html = f"<!doctype html><html lang=en><title>profile</title><body>{widget.static_html()}"
-    (tmp_path / "index.html").write_text(html, encoding="utf-8")
-    (tmp_path / "favicon.ico").write_bytes(b"")
-    with served(tmp_path) as home:
-        complaints = Complaints(home)
-        page = complaints.watch(chromium.new_context(viewport={"width": 400, "height": 800}).new_page())
-        page.goto(home)
-        page.locator(".oi-static[data-ready]").wait_for(timeout=20_000)
-        said, counts = page.locator("[aria-live]"), page.locator("td.oi-count")
-        expect(said).to_contain_text("60 instructions of warps")
-        assert counts.all_inner_texts() == ["", "12", "48"]
-        page.get_by_label("What is counted").select_option("sectors")
-        expect(said).to_contain_text("72 sectors")
-        assert counts.all_inner_texts() == ["", "64", "8"]
-        widths = page.locator(".oi-bar").nth(1).locator("i").evaluate_all("nodes => nodes.map(n => n.style.width)")
-        assert widths == ["12.5%", "87.5%"]  # what is needed, and what comes on top
-        page.get_by_role("button", name="Line 8").focus()
-        page.keyboard.press("Enter")
-        expect(said).to_contain_text("12 integer and logic; 64 sectors, at best 8.")
-        page.get_by_role("button", name="Line 7").click()
-        expect(said).to_contain_text("leaves no instruction of its own")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        assert complaints.take() == []
-        page.context.close()
+    page = show(widget)
+    said, counts = page.locator("[aria-live]"), page.locator("td.oi-count")
+    expect(said).to_contain_text("60 instructions of warps")
+    assert counts.all_inner_texts() == ["", "12", "48"]
+    page.get_by_label("What is counted").select_option("sectors")
+    expect(said).to_contain_text("72 sectors")
+    assert counts.all_inner_texts() == ["", "64", "8"]
+    widths = page.locator(".oi-bar").nth(1).locator("i").evaluate_all("nodes => nodes.map(n => n.style.width)")
+    assert widths == ["12.5%", "87.5%"]  # what is needed, and what comes on top
+    page.get_by_role("button", name="Line 8").focus()
+    page.keyboard.press("Enter")
+    expect(said).to_contain_text("12 integer and logic; 64 sectors, at best 8.")
+    page.get_by_role("button", name="Line 7").click()
+    expect(said).to_contain_text("leaves no instruction of its own")
