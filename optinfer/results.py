@@ -159,8 +159,6 @@ def read(path: str | os.PathLike[str]) -> Recorded:
 
 def recordings() -> list[Recorded]:
     """All of the course's recorded results, by chip and suite."""
-    from optinfer import data
-
     found = map(read, (data.root() / "data" / "results").glob("*.json"))
     return sorted(found, key=lambda r: (r.chip, r.suite))
 

@@ -96,5 +96,5 @@ def test_a_speculative_round(model, log, name, options):
     head = HeadDraft(DraftHead.for_model(model, torch.arange(3, 90)), 0.02)
     draft = {"lookup": PromptLookupDraft(), "model": ModelDraft(model), "head": head}[name]
     (few, short), (many, long) = (waits_and_rounds(model, log, draft, n, options) for n in (8, 32))
-    last = 1  # round has room for one token: no draft is asked for
+    last = 1 if name == "head" else 0  # its last round may have room for one token, where no draft is asked for
     assert many - few <= (1 if name == "lookup" else 2) * (long - short) + last, str(log)
