@@ -31,8 +31,8 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")), str(Path(__file__).parents[1] / "plugins.py"))
 _KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
 _WATCHED_BY = tuple(
-    f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check")
-)  # what runs the reader's kernels
+    f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check", "__init__")
+)  # what runs the reader's kernels, or says that there is no Triton
 _LIBRARIES = (_PACKAGE, *(path + os.sep for path in sysconfig.get_paths().values()))  # no code of the reader's
 
 
@@ -318,6 +318,8 @@ def _clue(run: _Run) -> str:
         return "A loop that never ends, or one over single numbers where a tensor operation would do."
     if isinstance(error, NameError):
         return "A name is used before it is defined: run the cells above first, or check its spelling."
+    if isinstance(error, ImportError):
+        return "Something that this exercise needs is not installed here."
     right = len(run.outcomes) - len(run.failed)
     some = f"{right} {'inputs pass' if right > 1 else 'input passes'}: what is special about this one?" if right else ""
     if error is not None:
