@@ -7,7 +7,7 @@ import random
 import pytest
 
 from optinfer.course import checks, exercises
-from optinfer.course.exercise import Draw, Refused
+from optinfer.course.exercise import Draw, Refused, source_of
 from optinfer.course.exercises import testing
 from optinfer.course.exercises.planted_bugs import NO_CHANGE, STEPS
 from tests.course import readers
@@ -51,6 +51,8 @@ def fitting(exercise, inputs):
 def test_each_bug_is_one_and_each_input_of_the_solution_is_needed(exercise):
     inputs = exercise.solution()
     assert len(bugs(exercise)) >= 10
+    source = source_of(planted(exercise).kernel)
+    assert all(source.count(old) == 1 for bug in planted(exercise).bugs for old, _ in bug.edits)
     assert caught(exercise, inputs) == bugs(exercise)
     for i in range(len(inputs)):
         assert caught(exercise, inputs[:i] + inputs[i + 1 :]) < bugs(exercise)
