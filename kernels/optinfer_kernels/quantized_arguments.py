@@ -30,7 +30,7 @@ class QuantizedWeight:
     scale: float [out, groups] with any strides, or uint8 codes of the same shape, contiguous, with `nested`.
     group_size: columns that share a scale; the number of columns for one scale per row.
     codebook: the 16 values that codes stand for, 4 bits only.
-    zero_point: uint8 [out, ceil(groups / 2)], packed like the codes, 4 bits only: codes that mean zero.
+    zero_point: uint8 [out, ceil(groups / 2)] with any strides, packed like the codes, 4 bits only: codes that mean zero.
     """
 
     codes: torch.Tensor
@@ -81,11 +81,12 @@ class QuantizedWeight:
         return -(-self.in_features // self.group_size)
 
     def by_group(self) -> "QuantizedWeight":
-        """The same weight, its scales copied so that those of one group lie side by side: strides (1, out).
+        """The same weight, scales and zero points copied so that those of one group lie side by side: strides (1, out).
 
         `quantized_matmul_fast` then reads whole sectors of them. Raises ValueError for nested scales.
         """
-        return replace(self, scale=self.scale.t().contiguous().t())
+        zero_point = None if self.zero_point is None else self.zero_point.t().contiguous().t()
+        return replace(self, scale=self.scale.t().contiguous().t(), zero_point=zero_point)
 
     @property
     def nbytes(self) -> int:

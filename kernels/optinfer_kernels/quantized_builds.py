@@ -72,7 +72,8 @@ def compile_quantized(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "WHOLE": True,
-        "scale_group": 1,  # scales row by row, as layers store them
+        "scale_group": 1,  # scales and zero points row by row, as layers store them
+        "zero_pair": 1,
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     scale = "*u8" if nested else "*fp32" if scheme == "codebook" else f"*{dtype}"

@@ -34,16 +34,16 @@ def load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, index, exists, NEST
 
 
 @triton.jit
-def load_zero(zero_ptr, row, group, groups, exists):
-    """The code that means zero in each group, as an offset from the codebook's own zero, code 8."""
-    octet = tl.load(zero_ptr + row * ((groups + 1) // 2) + group // 2, mask=exists, other=0).to(tl.int32)
+def load_zero(zero_ptr, row, group, zero_row, zero_pair, exists):
+    """The code that means zero in each group, as an offset from the codebook's own zero, code 8; two groups to a byte."""
+    octet = tl.load(zero_ptr + row * zero_row + group // 2 * zero_pair, mask=exists, other=0).to(tl.int32)
     return (tl.where(group % 2 == 0, octet >> 4, octet & 15) - 8).to(tl.float32)
 
 
 @triton.jit
 def quantized_matmul_kernel(
     x_ptr, codes_ptr, codebook_ptr, scale_ptr, nested_ptr, table_ptr, offset_ptr, zero_ptr, out_ptr,
-    N, K, row_bytes, groups, scale_row, scale_group, group_size,
+    N, K, row_bytes, scale_row, scale_group, zero_row, zero_pair, group_size,
     BITS: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of output features, tokens)."""
@@ -61,7 +61,7 @@ def quantized_matmul_kernel(
             weight = tl.load(codes_ptr + n * row_bytes + k, mask=exists, other=0).to(tl.float32)
         group = k // group_size
         if ZEROS:
-            weight -= load_zero(zero_ptr, n, group, groups, exists)
+            weight -= load_zero(zero_ptr, n, group, zero_row, zero_pair, exists)
         scale_index = n * scale_row + group * scale_group
         weight *= load_scale(scale_ptr, nested_ptr, table_ptr, offset_ptr, scale_index, exists, NESTED)
         x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -79,8 +79,7 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     launch(
         quantized_matmul_kernel, (triton.cdiv(weight.out_features, BLOCK_N), len(x)),
         x, *pointers(weight, torch.float32), out,
-        weight.out_features, weight.in_features, weight.codes.shape[1], weight.groups, *weight.scale.stride(),
-        weight.group_size,
+        weight.out_features, weight.in_features, weight.codes.shape[1], *strides(weight), weight.group_size,
         BITS=weight.bits, NESTED=weight.nested is not None, ZEROS=weight.zero_point is not None,
         BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
@@ -90,10 +89,15 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 def pointers(weight: QuantizedWeight, codebook_dtype: torch.dtype) -> list[torch.Tensor]:
     """The weight's tensors in the order of the kernels' arguments; where there is none, any other stands in.
 
-    All but the scales, which keep their strides, lie row by row.
+    All but scales and zero points, which keep their `strides`, lie row by row.
     """
     nested, codes = weight.nested, weight.codes.contiguous()
     book = codebook_tensor(weight.codebook, codebook_dtype, codes.device) if weight.codebook else codes
     rest = [nested.absmax, nested.table, nested.offset] if nested is not None else [None] * 3
-    rest = [codes if t is None else t.contiguous() for t in [*rest, weight.zero_point]]
-    return [codes, book, weight.scale, *rest]
+    rest = [codes if t is None else t.contiguous() for t in rest]
+    return [codes, book, weight.scale, *rest, codes if weight.zero_point is None else weight.zero_point]
+
+
+def strides(weight: QuantizedWeight) -> tuple[int, ...]:
+    """Those of the scales by row and group, then those of the zero points by row and pair of groups, which may be missing."""
+    return (*weight.scale.stride(), *(weight.scale if weight.zero_point is None else weight.zero_point).stride())

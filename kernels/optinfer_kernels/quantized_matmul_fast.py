@@ -7,8 +7,8 @@ byte per weight, five instructions for each and the memory waits for the kernel.
 - the multiply-adds are the tensor cores'. The weight takes the rows of the product and the tokens its columns, of
   which a tile needs only 8; a single token wastes seven of them, which costs nothing that anybody waits for;
 - even and odd columns come out of the decoding apart, and stay so: two products, with x split to match;
-- a scale is applied once per group, to the sums of the group, not to weights. Lanes hold neighbouring rows: with scales
-  stored group by group (`QuantizedWeight.by_group`) they read neighbours, else each lane reads a sector of its own;
+- a scale is applied once per group, to the sums of the group, not to weights. Lanes hold neighbouring rows: with scales and
+  zero points group by group (`QuantizedWeight.by_group`) they read neighbours, else each lane reads a sector of its own;
 - where the output is too narrow to fill the GPU, the columns are split over programs too, and a second kernel adds up.
 
 Scales as files hold them, row by row, cost a sector for each: 16,784 sectors for 256 x 2048 int4 weights in groups of 64, where
@@ -32,7 +32,7 @@ import triton.language as tl  # noqa: E402
 
 from optinfer_kernels.decoding import BYTE_REGISTERS, NIBBLE_REGISTERS, byte_decoding, nibble_decoding  # noqa: E402
 from optinfer_kernels.interpreter import device_shape, launch, will_interpret  # noqa: E402
-from optinfer_kernels.quantized_matmul import load_scale, load_zero, pointers  # noqa: E402
+from optinfer_kernels.quantized_matmul import load_scale, load_zero, pointers, strides  # noqa: E402
 
 TWO_BY_TWO = tl.constexpr(NIBBLE_REGISTERS)
 TWO = tl.constexpr(BYTE_REGISTERS)
@@ -67,14 +67,14 @@ def decode_bytes(octets, x_ptr, DECODING: tl.constexpr):
 @triton.jit
 def quantized_matmul_fast_kernel(
     x_ptr, codes_ptr, codebook_ptr, scale_ptr, nested_ptr, table_ptr, offset_ptr, zero_ptr, out_ptr,
-    M, N, K, row_bytes, groups, scale_row, scale_group, splits,
+    M, N, K, row_bytes, scale_row, scale_group, zero_row, zero_pair, splits,
     BITS: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr, DECODING: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of output features, splits, blocks of tokens). BLOCK_K divides GROUP; WHOLE: it divides K too.
 
-    scale_row, scale_group: strides of the scales. Writes [M, N], or with several splits each its own sums, float32
-    [splits, M, N].
+    scale_row, scale_group, zero_row, zero_pair: strides of scales and zero points. Writes [M, N], or with several splits
+    each its own sums, float32 [splits, M, N].
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -103,9 +103,8 @@ def quantized_matmul_fast_kernel(
         else:
             sums = tl.dot(decode_bytes(codes, x_ptr, DECODING), tl.trans(x))
         if ZEROS:  # sum of x * (code - zero) = sum of x * code - zero * sum of x
-            sums -= (
-                load_zero(zero_ptr, n, start // GROUP, groups, n < N)[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
-            )
+            zero = load_zero(zero_ptr, n, start // GROUP, zero_row, zero_pair, n < N)
+            sums -= zero[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
         total += sums * scale[:, None]
         next_group = tl.minimum(start + BLOCK_K, K - 1) // GROUP  # asked for one step ahead: its way is long
         scale_index = n * scale_row + next_group * scale_group
@@ -191,7 +190,7 @@ def quantized_matmul(
         quantized_matmul_fast_kernel,
         (triton.cdiv(out_features, tile.block_n), splits, triton.cdiv(tokens, tile.block_m)),
         x, *pointers(weight, x.dtype), part,
-        tokens, out_features, weight.in_features, weight.codes.shape[1], weight.groups, *weight.scale.stride(), splits,
+        tokens, out_features, weight.in_features, weight.codes.shape[1], *strides(weight), splits,
         BITS=weight.bits, NESTED=weight.nested is not None, ZEROS=weight.zero_point is not None,
         DECODING="" if will_interpret(x.device) else decoding(weight.codebook, x.dtype), GROUP=group,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,

@@ -23,7 +23,7 @@ from torch import Tensor
 from optinfer.card import Card
 from optinfer.course import exercises
 from optinfer.course.compare import Difference, difference, show
-from optinfer.course.exercise import Case, Draw, Exercise, Wrong, plain
+from optinfer.course.exercise import Case, Draw, Exercise, Refused, Wrong, plain
 from optinfer.course.time_limit import TooSlow, time_limit
 
 _COURSE = str(Path(__file__).parent) + os.sep
@@ -31,8 +31,8 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MACHINERY = (__file__, str(Path(__file__).with_name("time_limit.py")), str(Path(__file__).parents[1] / "plugins.py"))
 _KERNELS = f"{os.sep}optinfer_kernels{os.sep}"
 _WATCHED_BY = tuple(
-    f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check")
-)  # what runs the reader's kernels
+    f"{_KERNELS}{name}.py" for name in ("interpreter", "memory_check", "__init__")
+)  # what runs the reader's kernels, or says that there is no Triton
 _LIBRARIES = (_PACKAGE, *(path + os.sep for path in sysconfig.get_paths().values()))  # no code of the reader's
 
 
@@ -103,6 +103,8 @@ def evaluate(exercise: Exercise, answer: Any, seed: int = 0) -> Result:
         outcome = _attempt(exercise, answer, mine, watched=True)
         if _not_attempted(outcome.error):
             return _not_started(exercise)
+        if isinstance(outcome.error, Refused):
+            return _refused(exercise, str(outcome.error))
         run.outcomes.append(outcome)
         run.expected.append(exercise.expected(*theirs.args))
         run.differences.append(_judge(exercise, outcome, run.expected[-1], mine, untouched))
@@ -131,7 +133,7 @@ class _Run:
 def _attempt(exercise: Exercise, answer: Any, c: Case, watched: bool) -> _Outcome:
     try:
         with time_limit(exercise.limit):
-            if exercise.model and exercise.run:  # the model runs the package: watch only the reader's own part
+            if exercise.run and (exercise.model or exercise.runs_the_package):  # watch only the reader's own part
                 return _Outcome(exercise.run(_watched(exercise, answer) if watched else answer, *c.args))
             with _watch(exercise) if watched else _nothing():
                 return _Outcome(exercise.run(answer, *c.args) if exercise.run else answer(*c.args))
@@ -273,21 +275,27 @@ def diagnose(run: _Run) -> _Diagnosis | None:
 
 
 def _explained(run: _Run, wrong: Wrong) -> tuple[list[int], int]:
-    """The inputs on which a wrong answer fails like the reader's, and on how many it fails where the reader's does not."""
+    """The inputs on which a wrong answer fails like the reader's, and on how many it fails where the reader's does not.
+
+    The second is looked for only where the first are enough for `diagnose`.
+    """
     exercise, answer = run.exercise, run.exercise.wrong_answer(wrong)
-    explained, contradicted = [], 0
-    for i, (mine, untouched) in enumerate(zip(exercise.cases(Draw(run.seed)), run.inputs)):
-        if i >= len(run.outcomes) or mine.slow:
-            break
+    inputs = list(exercise.cases(Draw(run.seed)))
+    tried = [i for i in range(len(run.outcomes)) if not inputs[i].slow]
+
+    def fails(i: int) -> tuple[_Outcome, Difference | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not the reader's
-            outcome, reader = _attempt(exercise, answer, mine, watched=False), run.differences[i]
-        found = _judge(exercise, outcome, run.expected[i], mine, untouched)
-        if reader is None:
-            contradicted += found is not None
-        elif found is not None and (found.kind == "input") == (reader.kind == "input"):
+            outcome = _attempt(exercise, answer, inputs[i], watched=False)
+        return outcome, _judge(exercise, outcome, run.expected[i], inputs[i], run.inputs[i])
+
+    explained = []
+    for i in [i for i in tried if run.differences[i] is not None]:
+        (outcome, found), reader = fails(i), run.differences[i]
+        if found is not None and (found.kind == "input") == (reader.kind == "input"):
             explained += [i] * _alike(exercise, run.outcomes[i], outcome)
-    return explained, contradicted
+    others = [i for i in tried if run.differences[i] is None] if 2 * len(explained) >= len(run.failed) else []
+    return explained, sum(fails(i)[1] is not None for i in others)
 
 
 def _alike(exercise: Exercise, mine: _Outcome, theirs: _Outcome) -> bool:
@@ -310,6 +318,8 @@ def _clue(run: _Run) -> str:
         return "A loop that never ends, or one over single numbers where a tensor operation would do."
     if isinstance(error, NameError):
         return "A name is used before it is defined: run the cells above first, or check its spelling."
+    if isinstance(error, ImportError):
+        return "Something that this exercise needs is not installed here."
     right = len(run.outcomes) - len(run.failed)
     some = f"{right} {'inputs pass' if right > 1 else 'input passes'}: what is special about this one?" if right else ""
     if error is not None:
@@ -355,7 +365,7 @@ def _constant_ratio(pairs: list[tuple[Any, Any]]) -> float | None:
 # ------------------------------------------------------------------------------------------------------ in words
 def _passed(run: _Run) -> Result:
     exercise, count = run.exercise, len(run.inputs)
-    lines = [f"All {count} inputs pass. {exercise.points} point{'s' * (exercise.points > 1)}."]
+    lines = [f"All {count} {exercise.noun}s {exercise.verb}. {exercise.points} point{'s' * (exercise.points > 1)}."]
     for c, outcome in zip(run.inputs, run.outcomes):
         if c.slow and isinstance(outcome.value, dict) and "text" in outcome.value:
             lines.append(f"{c.label[0].upper()}{c.label[1:]}: the model says {show(outcome.value['text'])}")
@@ -383,7 +393,7 @@ def _failed(run: _Run) -> Result:
     told = None if stopped or _is_typo(run.outcomes[first].error) else diagnose(run)
     at = told.input if told else first
     outcome, found = run.outcomes[at], run.differences[at]
-    lines = [f"Input: {run.inputs[at].label}"]
+    lines = [f"{exercise.noun.capitalize()}: {run.inputs[at].label}"]
     names = _parameters(exercise, run.inputs[at])
     lines += [f"  `{name}` = {show(value)}" for name, value in zip(names, run.inputs[at].args)]
     if not stopped:
@@ -391,6 +401,21 @@ def _failed(run: _Run) -> Result:
     if outcome.error is None:
         lines.append(f"Got: {show(outcome.value)}")
     lines.append(f"Difference: {found.text}.")
+    lines += _explanation(run, told, at)
+    if len(run.outcomes) < count and not stopped:
+        lines.append("The real model was not run: it comes after the small inputs.")
+    lines.append(f'Stuck? `hint("{exercise.id}")`')
+    passed = 0 if stopped else len(run.outcomes) - len(run.failed)
+    title = "stopped" if stopped else f"{passed} of {count} {exercise.noun}s {exercise.verb}"
+    card = Card(f"{exercise.id}: {title}", tuple(lines), "bad")
+    return Result(exercise.id, False, count, passed, True, exercise.points, told.wrong.name if told else None, card)
+
+
+def _explanation(run: _Run, told: _Diagnosis | None, at: int) -> list[str]:
+    """What is usually behind it, then the questions that other inputs with wrong results ask."""
+    outcome = run.outcomes[at]
+    asks = [run.inputs[i] for i in run.failed if run.inputs[i].clue and outcome.error is None]
+    lines = [c.clue for c in asks if c is run.inputs[at]]
     if told is not None and told.alone:
         lines.append(f"This usually means: {told.wrong.name}. {told.wrong.meaning}")
     elif told is not None:
@@ -404,15 +429,9 @@ def _failed(run: _Run) -> Result:
         and len(run.failed) > 1
     ):
         lines.append("The input came back unchanged.")
-    else:
+    elif not lines:
         lines.append(_clue(run))
-    if len(run.outcomes) < count and not stopped:
-        lines.append("The real model was not run: it comes after the small inputs.")
-    lines.append(f'Stuck? `hint("{exercise.id}")`')
-    passed = 0 if stopped else len(run.outcomes) - len(run.failed)
-    title = f"{exercise.id}: stopped" if stopped else f"{exercise.id}: {passed} of {count} inputs pass"
-    card = Card(title, tuple(lines), "bad")
-    return Result(exercise.id, False, count, passed, True, exercise.points, told.wrong.name if told else None, card)
+    return lines + [f"The same with: {c.label}. {c.clue}" for c in asks if c is not run.inputs[at]]
 
 
 def _is_input(value: Any, args: tuple[Any, ...]) -> bool:

@@ -59,11 +59,13 @@ class Case:
     """One input: what is special about it, and the arguments.
 
     slow: it runs the real model; tried last, and only after all others passed.
+    clue: a question that helps where the result for this input is wrong.
     """
 
     label: str
     args: tuple[Any, ...]
     slow: bool = False
+    clue: str = ""
 
 
 def case(label: str, *args: Any) -> Case:
@@ -72,6 +74,10 @@ def case(label: str, *args: Any) -> Case:
 
 def slow_case(label: str, *args: Any) -> Case:
     return Case(label, args, slow=True)
+
+
+class Refused(ValueError):
+    """What an answer returned cannot be tried at all; the message says what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ class Exercise:
         rtol, atol: tolerance for floating-point results.
         changes_input: the answer is meant to work in place.
         model: has slow cases, which run the real model and take seconds.
+        runs_the_package: `run` itself calls the package, as a model does: only the answer is watched for shortcuts.
         limit: seconds of work that one input may take; time spent waiting for the machine does not count.
+        noun, verb: what an input is in this exercise, and what it does when all is well, as the message says it.
     """
 
     id: str
@@ -144,7 +152,10 @@ class Exercise:
     atol: float = 1e-5
     changes_input: bool = False
     model: bool = False
+    runs_the_package: bool = False
     limit: float = 10.0
+    noun: str = "input"
+    verb: str = "pass"
     _compiled: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -190,15 +201,9 @@ class Exercise:
         return "\n\n\n".join(source_of(helper) for helper in self.given)
 
     def compiled(self, source: str) -> Callable[..., Any]:
-        """The function that a source text defines, with this module's imports; Triton can read its source again."""
+        """The function that a source text defines, with this module's imports."""
         if source not in self._compiled:
-            filename = f"<{self.id} {next(_numbers)}>"
-            linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-            namespace = dict(
-                plain(self.answer).__globals__ if not inspect.isclass(self.answer) else _globals(self.answer)
-            )
-            exec(compile(source, filename, "exec"), namespace)
-            self._compiled[source] = namespace[self.name]
+            self._compiled[source] = compiled(source, self.answer, self.id)
         return self._compiled[source]
 
     @property
@@ -217,6 +222,15 @@ class Exercise:
 def plain(answer: Any) -> Any:
     """The Python function inside a Triton kernel; anything else as it is."""
     return getattr(answer, "fn", answer)
+
+
+def compiled(source: str, like: Any, title: str) -> Callable[..., Any]:
+    """The function that a source text defines, with the name and imports of `like`; Triton can read its source again."""
+    filename = f"<{title} {next(_numbers)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = dict(plain(like).__globals__ if not inspect.isclass(like) else _globals(like))
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace[plain(like).__name__]
 
 
 def source_of(answer: Any) -> str:

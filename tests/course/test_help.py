@@ -1,6 +1,8 @@
 """Checks, hints, solutions and progress, as a reader meets them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,23 @@ def test_misconceptions_are_recognized_in_other_peoples_code():
         return torch.ones(q_len, kv_len).tril().bool()
 
     assert checks.evaluate(exercises.get("attention.causal_mask"), top_left).misconception == "aligned at the top left"
+
+
+def test_without_triton_its_exercises_say_what_is_missing():
+    script = """
+import sys
+sys.modules["triton"] = None
+from optinfer.course import checks, exercises
+for id in ("attention.triton_softmax", "attention.flash_inputs"):
+    exercise = exercises.get(id)
+    print(checks.evaluate(exercise, exercise.solution))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("TritonMissing: this needs Triton, which is not installed here") == 2, (
+        done.stdout + done.stderr
+    )
+    assert done.stdout.count("Something that this exercise needs is not installed here.") == 2
+    assert "must not be called" not in done.stdout
 
 
 def test_changing_the_input_is_noticed():

@@ -20,6 +20,7 @@ ONE_AXIS = "the tensor has no other axis there"
 NOT_IN_THE_RESULT = "it fills or bounds what a mask keeps out of the result"
 CONSTANT_FACTOR = "one factor for all scales, which the rounding of a whole row does not see"
 GIVEN = "this part is given"
+ANOTHER_SIZE = "another test input of the same kind, which shows the same bugs"
 
 # id -> {beginning of the change: why it is equal}
 EQUAL = {
@@ -30,6 +31,9 @@ EQUAL = {
     "quantization.nf4_quantize": {"10: 1.0": ANY_DIVISOR},
     "quantization.in_the_model": {"11: 1.0": ANY_DIVISOR},
     "quantization.llm_int8": {"11: 1e-30": ANY_DIVISOR, "13: 1e-30": ANY_DIVISOR},
+    "quantization.int4_inputs": dict.fromkeys(
+        ("7: 17 -> 18", "7: 5 -> ", "7: 8 -> ", "8: 2 -> ", "8: 18 -> "), ANOTHER_SIZE
+    ),
     "calibrated.perplexity": {"8: -1 -> 1": ONE_AXIS},
     "calibrated.awq_search": {
         "9: 0.0": "replaced by the first alpha",
@@ -48,6 +52,9 @@ EQUAL = {
         "12: ": NOT_IN_THE_RESULT, "18: ": NOT_IN_THE_RESULT, "19: 0.0": NOT_IN_THE_RESULT, "21: ": NOT_IN_THE_RESULT,
         "13: 1e+30": "any number far below all scores",
     },
+    "attention.flash_inputs": dict.fromkeys(
+        ("8: 3 -> ", "8: 2 -> 3", "8: 0 -> ", "9: 20 -> ", "9: 27 -> ", "9: 1 -> 2", "9: 200 -> 199"), ANOTHER_SIZE
+    ),
     "kv_cache.bytes_per_token": {"6: hidden_size // heads": "the division leaves no rest"},
     "kv_cache.prefix_hit": {"9: 0": "a prompt without tokens has no hashes"},
     "kv_cache.paged_attention": {"12: -1": ONE_AXIS, "13: -1": ONE_AXIS},

@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,31 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
-
-try:
-    import triton
-    import triton.language as tl
-
-    from optinfer_kernels.interpreter import launch
-    from optinfer_kernels.memory_check import memory_check
-except ImportError:  # macOS, Windows: the two Triton exercises can be read there, and say what is missing when run
-
-    class triton:  # type: ignore[no-redef]
-        @staticmethod
-        def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-            return function
-
-    class tl:  # type: ignore[no-redef]
-        constexpr = int
-
-    def launch(*_: Any, **__: Any) -> None:
-        from optinfer_kernels import TritonMissing
-
-        raise TritonMissing
-
-    def memory_check() -> AbstractContextManager[str]:
-        return nullcontext("no findings")
-
+from optinfer.course.exercises import testing
+from optinfer.course.exercises.kernels import launched, launched_reference, tl, triton
 
 INF = math.inf
 
@@ -682,30 +658,11 @@ def _next_power_of_2(n: int) -> int:
 def _launch_softmax(kernel: Any, x: Tensor) -> dict[str, Any]:
     """The result, and what the kernel touched that it should not have."""
     rows, columns = x.shape
-    return _launched(kernel, (rows,), torch.empty_like(x), x, ..., columns, BLOCK=_next_power_of_2(columns))
-
-
-def _launched(kernel: Any, grid: tuple[int], out: Tensor, *args: Any, **blocks: int) -> dict[str, Any]:
-    """Launch with `out` in the place of `...`; numbers that no program writes are told from NaN that one computed."""
-    out.view(torch.int32).fill_(_UNWRITTEN)
-    with memory_check() as memory:
-        launch(kernel, grid, *(out if arg is ... else arg for arg in args), **blocks)
-    return {
-        "numbers never written": int((out.view(torch.int32) == _UNWRITTEN).sum()),
-        "out": out,
-        "memory": str(memory).splitlines()[0],
-    }
-
-
-_UNWRITTEN = 0x7FC0BEEF  # the bits of a NaN that no arithmetic makes
-
-
-def _launched_reference(out: Tensor) -> dict[str, Any]:
-    return {"numbers never written": 0, "out": out, "memory": "no findings"}
+    return launched(kernel, (rows,), torch.empty_like(x), x, ..., columns, BLOCK=_next_power_of_2(columns))
 
 
 def _launch_softmax_reference(x: Tensor) -> dict[str, Any]:
-    return _launched_reference(x.double().softmax(-1).float())
+    return launched_reference(x.double().softmax(-1).float())
 
 
 def _triton_softmax_cases(draw: Draw) -> Iterator[Case]:
@@ -811,11 +768,11 @@ def _launch_flash(kernel: Any, q: Tensor, k: Tensor, v: Tensor, block_m: int, bl
     """The result, and what the kernel touched that it should not have."""
     length, dim = q.shape
     grid, sizes = (-(-length // block_m),), {"DIM": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    return _launched(kernel, grid, torch.empty_like(q), q, k, v, ..., length, 1 / math.sqrt(dim), **sizes)
+    return launched(kernel, grid, torch.empty_like(q), q, k, v, ..., length, 1 / math.sqrt(dim), **sizes)
 
 
 def _launch_flash_reference(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> dict[str, Any]:
-    return _launched_reference(_causal_reference(q, k, v))
+    return launched_reference(_causal_reference(q, k, v))
 
 
 def _flash_cases(draw: Draw) -> Iterator[Case]:
@@ -1029,5 +986,6 @@ EXERCISES = (
     TRAFFIC,
     TRITON_SOFTMAX,
     TRITON_FLASH,
+    *testing.ATTENTION,
     MODEL_ATTENTION,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optinfer.course.exercise import Case, Draw, Exercise, Wrong, case, slow_case
-from optinfer.course.exercises import today
+from optinfer.course.exercises import testing, today
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -926,4 +926,5 @@ EXERCISES = (
     LLM_INT8,
     IN_THE_MODEL,
     *today.QUANTIZATION,
+    *testing.QUANTIZATION,
 )

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from optinfer.course.exercises.attention import tl, triton
+from optinfer.course.exercises.kernels import tl, triton
 from tests.course.readers import wrong
 
 
@@ -362,3 +362,37 @@ def a_batch_of_one(q, k, v, scale):
     n, t = q.shape[2], k.shape[1]
     s = (q[0] @ k.transpose(1, 2) * scale).masked_fill(torch.ones(n, t).triu(t - n + 1).bool(), -math.inf)
     return (s.softmax(-1) @ v)[None]
+
+
+def _attentions(*sizes):
+    return [dict(zip(("q_len", "kv_len", "kv_heads", "group", "causal", "scores"), size)) for size in sizes]
+
+
+@wrong("attention.flash_inputs", "only whole tiles")
+def powers_of_two():
+    return _attentions((16, 16, 1, 1, True, 0), (16, 32, 2, 2, False, 0), (32, 32, 2, 1, True, -128))
+
+
+@wrong("attention.flash_inputs")
+def a_prompt_and_a_step_of_a_model():
+    return _attentions((17, 17, 1, 2, True, 0), (1, 18, 1, 2, True, 0))
+
+
+@wrong("attention.flash_inputs", "one head of keys")
+def one_head_will_do():
+    return _attentions((17, 33, 1, 1, True, 0), (20, 41, 1, 1, False, -200), (7, 7, 1, 1, True, 200))
+
+
+@wrong("attention.flash_inputs", "only prompts")
+def only_whole_sequences():
+    return _attentions((5, 5, 2, 2, True, 0), (20, 20, 1, 1, False, -200), (17, 17, 1, 1, True, 50))
+
+
+@wrong("attention.flash_inputs")
+def large_scores_are_large():
+    return _attentions((3, 17, 2, 2, True, 200), (20, 27, 1, 1, False, 100))
+
+
+@wrong("attention.flash_inputs")
+def more_queries_than_keys():
+    return _attentions((3, 2, 2, 2, True, 0), (20, 20, 1, 1, False, -200))

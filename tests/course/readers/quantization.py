@@ -331,3 +331,37 @@ def the_inverse_of_the_tensors_number(weight):
     top = weight.abs().max() / (448 * 6)
     blocks = weight.view(len(weight), -1, 16).abs().amax(2)
     return (blocks / 6 / top).to(torch.float8_e4m3fn).float(), top
+
+
+def _products(*sizes):
+    return [dict(zip(("tokens", "rows", "columns", "group", "zero_points"), size)) for size in sizes]
+
+
+@wrong("quantization.int4_inputs")
+def the_sizes_of_models():
+    return _products((1, 16, 32, 32, True), (16, 32, 32, 16, False), (32, 16, 48, 16, True))
+
+
+@wrong("quantization.int4_inputs", "only whole tiles")
+def powers_of_two_and_a_ragged_batch():
+    return _products((5, 32, 16, 16, True), (20, 16, 32, 8, False))
+
+
+@wrong("quantization.int4_inputs", "only what leaves a rest")
+def prime_numbers():
+    return _products((17, 3, 19, 7, True), (5, 19, 23, 13, False), (2, 3, 5, 11, True))
+
+
+@wrong("quantization.int4_inputs", "only square weights")
+def a_square_matrix_of_every_kind():
+    return _products((3, 16, 16, 16, True), (20, 17, 17, 8, False), (7, 32, 32, 8, True))
+
+
+@wrong("quantization.int4_inputs", "everything in one tile")
+def small_is_quick():
+    return _products((1, 1, 1, 1, True), (2, 3, 5, 2, False), (4, 6, 8, 4, True), (3, 5, 16, 5, False))
+
+
+@wrong("quantization.int4_inputs")
+def scales_without_zero_points():
+    return _products((17, 5, 17, 8, False), (2, 18, 32, 16, False))
