@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from optinfer import cpu
 from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one, restore_experts
 from optinfer.quantization.linear import QuantizedLinear, matrix_of
 
@@ -169,7 +170,7 @@ class _Rules:
             return "the output head"
         if id(module.weight) in self.embeddings:
             return "it shares an embedding's weight"
-        if type(module) not in (nn.Linear, *_transposed_kinds()):
+        if type(module) not in (nn.Linear, cpu.Linear, *_transposed_kinds()):
             return f"a {type(module).__name__}, not a plain linear layer"
         if id(module) in self.adapters:
             return "an adapter"
