@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -16,9 +16,11 @@ from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def quantize(
-    model: nn.Module,
+    model: Model,
     scheme: str = "nf4",
     *,
     group_size: int | str | None = None,
@@ -27,7 +29,7 @@ def quantize(
     threshold: float = 6.0,
     skip: str | Iterable[str] = (),
     progress: bool = True,
-) -> nn.Module:
+) -> Model:
     """Replace the weights of a model's linear layers and experts by quantized ones, one layer at a time, in place.
 
     Embeddings, norms, heads, and layers that cannot be replaced unnoticed keep their dtype (see `select_layers`);
