@@ -125,16 +125,20 @@ def compare(
             row.skipped = f"{type(error).__name__}: {error}".split("\n")[0][:80]
     with torch.inference_mode():
         samples = in_turns(calls, device, repeats=5 if quick or device.type != "cuda" else 21)
-    in_16_bits = statistics.median(samples["torch bf16"]) / copies["torch bf16"]
+    taken = {name: [s / copies[name] for s in own] for name, own in samples.items()}
     for row in rows:
-        if row.peer in samples:
-            assert row.read_bytes is not None and copy.bytes_per_second is not None
-            row.samples = [s / copies[row.peer] for s in samples[row.peer]]
-            row.seconds = statistics.median(row.samples)
-            row.bytes_per_second = row.read_bytes / row.seconds
-            row.of_copy = row.bytes_per_second / copy.bytes_per_second
-            row.over_bf16 = in_16_bits / row.seconds
+        if row.peer in taken:
+            _fill_in(row, taken[row.peer], statistics.median(taken["torch bf16"]), copy)
     return rows
+
+
+def _fill_in(row: QuantizedMatmulRow, samples: list[float], in_16_bits: float, copy: QuantizedMatmulRow) -> None:
+    """The figures that follow from the seconds of each product."""
+    assert row.read_bytes is not None and copy.bytes_per_second is not None
+    row.samples, row.seconds = samples, statistics.median(samples)
+    row.bytes_per_second = row.read_bytes / row.seconds
+    row.of_copy = row.bytes_per_second / copy.bytes_per_second
+    row.over_bf16 = in_16_bits / row.seconds
 
 
 def check(name: str, prepared: Prepared, weight: Tensor, x: Tensor) -> float:
