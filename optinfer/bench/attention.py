@@ -174,7 +174,7 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
     return rows
 
 
-def peak_extra_bytes(call: Callable[[], Any]) -> int:
+def peak_extra_bytes(call: Callable[[], object]) -> int:
     """The most memory, in bytes, that torch had allocated during the call beyond what it had before."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -64,7 +64,7 @@ def run(quick: bool = False) -> list[QuantizedMatmulRow]:
     return rows
 
 
-def random_model(name: str, variant: str, device: torch.device) -> Any:
+def random_model(name: str, variant: str, device: torch.device) -> PreTrainedModel:
     """A transformers model of these shapes on `device`; never more of it in 16 bits than stays so."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -19,14 +19,15 @@ from optinfer.bench.serving import LlamaCpp, Peer, TraceRequest
 from optinfer.bench.worker import environment_of
 from optinfer.speculative import ChainDraft, Draft, PromptLookupDraft, Proposal, SelfDraft, speculative_decoding
 from optinfer.speculative.drafters import ModelDraft
+from optinfer.speculative.sampler import Sampler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = {"copy": "rewrite", "summarize": "summarize", "open": "chat", "code": "code"}
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: Any = "cpu") -> Any:
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: "torch.device | str" = "cpu") -> "BatchEncoding":
     """A chat prompt, ready for `generate`."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -141,7 +142,7 @@ def _row(
     return row
 
 
-def ours(draft: Any, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -> dict[str, Any]:
+def ours(draft: Draft, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -> dict[str, Any]:
     """Arguments of `generate` for our decoder."""
     return {
         "custom_generate": speculative_decoding,
@@ -222,7 +223,7 @@ class OracleDraft(Draft):
         self.answer, self.accuracy, self.seconds_per_token = answer, accuracy, seconds_per_token
         self._generator = torch.Generator().manual_seed(seed)
 
-    def propose(self, input_ids: torch.Tensor, num_tokens: int, sampler: Any) -> Proposal:
+    def propose(self, input_ids: torch.Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
         start = input_ids.shape[1]
         tokens = self.answer[0, start : start + num_tokens].clone()
         wrong = torch.rand(len(tokens), generator=self._generator, device="cpu").to(tokens.device) >= self.accuracy
@@ -233,7 +234,7 @@ class OracleDraft(Draft):
 
 def trade_off(
     model: "PreTrainedModel",
-    inputs: Any,
+    inputs: "BatchEncoding",
     accuracies: Iterable[float] = (0.0, 0.5, 0.8, 1.0),
     lengths: Iterable[int] = (1, 3, 5, 10),
     cost: float = 0.1,

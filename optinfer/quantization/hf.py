@@ -270,9 +270,9 @@ def _is_sealed(files: Iterable[str]) -> bool:
     return False
 
 
-def save_under_own_names(model: Any) -> None:
+def save_under_own_names(model: PreTrainedModel) -> None:
     """Keep `save_pretrained` from turning the model's names and tensors back into those of its original files."""
-    model._weight_conversions = []
+    model._weight_conversions = []  # type: ignore[assignment]
 
 
 def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -133,7 +133,7 @@ def refuse_quantized(model: nn.Module) -> None:
             raise ValueError(f"the model is quantized already: {name} is {type(module).__qualname__} of bitsandbytes")
 
 
-def mark_quantized(model: Any, scheme: Scheme) -> None:
+def mark_quantized(model: nn.Module, scheme: Scheme) -> None:
     """Tell transformers, so that `save_pretrained` and `from_pretrained` make a round trip.
 
     What was left is read off the model itself, so that the configuration says what was done.
@@ -142,12 +142,12 @@ def mark_quantized(model: Any, scheme: Scheme) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    model = cast(Any, model)
     from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer, save_under_own_names
 
     config = OptinferConfig.from_scheme(scheme, unquantized_weights(model))
-    model.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
-    model.is_quantized = True
+    marked: Any = model  # torch takes a module's attributes for tensors
+    marked.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
+    marked.config.quantization_config = config
+    marked.is_quantized = True
     save_under_own_names(model)
-    model.quantization_method = config.quant_method
+    marked.quantization_method = config.quant_method

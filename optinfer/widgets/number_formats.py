@@ -1,13 +1,16 @@
 """The number-format inspector: one number in eleven formats, bit by bit, inside the block that it shares a scale with."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets
 
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
 from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
@@ -60,7 +63,7 @@ class NumberFormats(StaticWidget):
             self.formats = [*self.formats, {"name": name.upper(), "scale": scale, "block": form.block} | shared]
 
     @classmethod
-    def of_model(cls, model: Any, group_size: int = 64, count: int = 4) -> "NumberFormats":
+    def of_model(cls, model: "nn.Module", group_size: int = 64, count: int = 4) -> "NumberFormats":
         """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
         from optinfer.quantization.layers import linear_layers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from optinfer.quantization.checks import check_choice
 from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, kernel_pays, scaled_matmul, scaled_pays
 from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from optinfer.quantization.linear import QuantizedLinear
 
 __all__ = ["dequantized_matmul", "layer_matmul", "quantized_matmul"]
 
@@ -55,7 +58,7 @@ def quantized_matmul(
     return dequantized_matmul(x, q, bias)
 
 
-def layer_matmul(x: Tensor, layer: Any) -> Tensor:
+def layer_matmul(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """`quantized_matmul` with a `QuantizedLinear`, which remembers how the kernels read its weight: by those of the device
     where they pay for this input and read the layout, else by the formula.
     """

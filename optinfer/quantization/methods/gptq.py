@@ -17,7 +17,7 @@ Two grids keep that error at or below round to nearest's, always:
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from torch import Tensor
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
 from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.methods.calibrate import CalibrationLayer, calibrate, quantize_layers
+from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, quantize_layers
 from optinfer.quantization.methods.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
 
@@ -192,8 +195,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
 
 def gptq(
-    model: Any,
-    tokenizer: Any = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Calibration,
     texts: str | list[str] | None = None,
     bits: int = 4,
     group_size: int = 64,
@@ -202,7 +205,7 @@ def gptq(
     act_order: bool = True,
     report: list[dict[str, Any]] | None = None,
     **calibration: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Quantize every linear layer of a decoder with GPTQ, in place; embeddings and the output head stay.
 
     Layer by layer: each is calibrated on what the layers before it, already quantized, now produce. The model is
