@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from optinfer.quantization.experts import QuantizedExperts, transposed
+from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import select_layers
 from optinfer.quantization.linear import QuantizedLinear, matrix_of
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -24,7 +25,7 @@ def memory_footprint(
     scheme: str | Scheme | None = None,
     *,
     dtype: torch.dtype | None = None,
-    group_size: int | str | None = None,
+    group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,
     skip: str | Iterable[str] = (),

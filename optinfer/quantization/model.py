@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.experts import quantize_experts
+from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -23,7 +24,7 @@ def quantize(
     model: Model,
     scheme: str = "nf4",
     *,
-    group_size: int | str | None = None,
+    group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ __all__ = ["FORMATS", "CheckpointError", "save_bitsandbytes", "save_checkpoint"]
 
 LAYOUTS_OF_DECODERS = {"gptq": gptq.convert, "awq": awq.convert}  # in float16, for layers inside the decoder's
 LAYOUTS = {"compressed-tensors": compressed_tensors.convert, **LAYOUTS_OF_DECODERS}
-FORMATS = (*LAYOUTS, "bitsandbytes", mxfp4.FORMAT)
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4"]
+FORMATS = get_args(Format)
 
 
 def save_bitsandbytes(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
@@ -44,7 +45,7 @@ def save_bitsandbytes(model: PreTrainedModel, path: str | os.PathLike[str]) -> P
 def save_checkpoint(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
-    format: str = "compressed-tensors",
+    format: Format = "compressed-tensors",
     tokenizer: PreTrainedTokenizerBase | None = None,
     replace: bool = False,
 ) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["dequantized_matmul", "layer_matmul", "quantized_matmul"]
 
-BACKENDS = ("auto", "triton", "dequantize")
+Backend = Literal["auto", "triton", "dequantize"]
 
 
 def quantized_matmul(
-    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0, backend: str = "auto"
+    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0, backend: Backend = "auto"
 ) -> Tensor:
     """``x @ W.T + bias`` for a quantized weight.
 
@@ -42,7 +42,7 @@ def quantized_matmul(
         ValueError: unknown backend, or one that cannot take this weight.
         TritonMissing: backend "triton" without Triton.
     """
-    check_choice(backend, BACKENDS, "backend")
+    check_choice(backend, get_args(Backend), "backend")
     if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
-from optinfer.quantization.formats.tensor import QuantizedTensor
+from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor
 from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, quantize_layers
 from optinfer.quantization.methods.grid import Grid
 
@@ -58,7 +58,7 @@ def gptq_quantize(
     weight: Tensor,
     hessian: Tensor,
     bits: int = 4,
-    group_size: int | str | None = 64,
+    group_size: GroupSize = 64,
     damp: float = 0.01,
     act_order: bool = False,
     symmetric: bool = True,
@@ -100,7 +100,7 @@ def gptq_quantize(
     return finish(torch.where(worse[:, None], plain.codes(), compensated.codes())) if worse.any() else compensated
 
 
-def _check(weight: Tensor, hessian: Tensor, bits: int, group_size: int | str | None, damp: float) -> int:
+def _check(weight: Tensor, hessian: Tensor, bits: int, group_size: GroupSize, damp: float) -> int:
     """The group size as a number of columns; raises as `gptq_quantize` says."""
     check_weight(weight)
     width = weight.shape[1]
