@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from optinfer.card import Table
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 _CHECK = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
 _MARK = "optinfer-grade:"
@@ -157,7 +160,7 @@ def _exercises_wanted(assignment: str | Path) -> list[str]:
     return ids
 
 
-def exercises_of(notebook: Any) -> list[str]:
+def exercises_of(notebook: "NotebookNode") -> list[str]:
     """Ids of a notebook's exercises: those it was made with, then those that its cells check."""
     made_with = notebook.metadata.get("optinfer", {})
     ids = list(made_with.get("exercises", [])) if isinstance(made_with, dict) else []
@@ -178,7 +181,9 @@ class _Limits:
     folder: str
 
 
-def _run(notebook: Any, ids: list[str], skipped: set[int], result: Grade, limits: _Limits) -> int | str | None:
+def _run(
+    notebook: "NotebookNode", ids: list[str], skipped: set[int], result: Grade, limits: _Limits
+) -> int | str | None:
     """Run the cells, then ask for the scores. Returns the cell, or the exercise, that killed the kernel, or None."""
     import copy
 

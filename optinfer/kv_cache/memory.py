@@ -1,16 +1,16 @@
 """How large is the KV cache, and how many requests fit?"""
 
 from math import ceil
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from optinfer.kv_cache.block_manager import _positive
-from optinfer.kv_cache.layers import BYTES, cache_layers
+from optinfer.kv_cache.layers import BYTES, DtypeName, cache_layers
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    Dtype = torch.dtype | Literal["float32", "float16", "bfloat16", "int8"]
+    Dtype = torch.dtype | DtypeName
 
 
 def kv_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
@@ -86,8 +86,8 @@ def num_sequences_that_fit(
     return num_blocks_for(memory_bytes, config, dtype, block_size) // blocks_each
 
 
-def _dtype(dtype: "Dtype") -> str:
-    name = str(dtype).removeprefix("torch.")
+def _dtype(dtype: "Dtype") -> DtypeName:
+    name: Any = str(dtype).removeprefix("torch.")
     if name not in BYTES:
         raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
     return name

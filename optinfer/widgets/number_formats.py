@@ -12,6 +12,8 @@ from optinfer.widgets.base import StaticWidget
 if TYPE_CHECKING:
     from torch import nn
 
+    from optinfer.quantization.formats.tensor import QuantizedTensor
+
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
     "name": "sixteen example weights",
@@ -93,7 +95,7 @@ class NumberFormats(StaticWidget):
             lines.append(f"{name.upper():9} {int(q.codes()[0, self.index]):04b}  = {restored[self.index]:.6g}")
         return "\n".join(lines)
 
-    def in_blocks(self, scheme: str) -> "tuple[Any, list[float]]":
+    def in_blocks(self, scheme: str) -> "tuple[QuantizedTensor, list[float]]":
         """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
         import torch
 
