@@ -64,19 +64,8 @@ def quantize(
     layers, stacks = selection.layers, selection.stacks
     if not layers and not stacks:
         raise ValueError(f"{type(model).__name__} has no linear layers to quantize; {_why_none(model, selection)}")
-    for name, layer in layers.items():
-        check_present(name, layer)
-        check_weight(layer.weight, f"{name}.weight")
-    for name, stack in stacks.items():
-        check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
-        check_weight(stack, name, ndim=3)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    weights = [*(layer.weight for layer in layers.values()), *stacks.values()]
-    what = (
-        f"{len(layers)} linear layers{_experts(stacks)}, {sum(w.numel() for w in weights) / total:.0%} of the weights"
-    )
-    del weights
-
+    _check_weights(model, selection)
+    what = _what(model, selection)
     for name in tqdm([*layers, *stacks], desc=f"quantize to {scheme}", leave=False, disable=not progress):
         if name in stacks:
             del stacks[name]
@@ -88,6 +77,23 @@ def quantize(
     if progress:
         print(f"{scheme}: {what}{_left(selection)}")
     return model
+
+
+def _check_weights(model: nn.Module, selection: Selection) -> None:
+    for name, layer in selection.layers.items():
+        check_present(name, layer)
+        check_weight(layer.weight, f"{name}.weight")
+    for name, stack in selection.stacks.items():
+        check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
+        check_weight(stack, name, ndim=3)
+
+
+def _what(model: nn.Module, selection: Selection) -> str:
+    """What is quantized, in a few words."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    weights = [*(layer.weight for layer in selection.layers.values()), *selection.stacks.values()]
+    share = sum(weight.numel() for weight in weights) / total
+    return f"{len(selection.layers)} linear layers{_experts(selection.stacks)}, {share:.0%} of the weights"
 
 
 def check_present(name: str, layer: nn.Module, weight: Tensor | None = None) -> None:
