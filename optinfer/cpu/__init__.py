@@ -14,7 +14,7 @@ What is in the room, in reading order:
 """
 
 from optinfer.cpu.large_pages import move_to_large_pages
-from optinfer.cpu.layers import Linear, linear, remembered, use_cpu_linear
+from optinfer.cpu.layers import Linear, is_plain, linear, product, remembered, use_cpu_linear
 from optinfer.cpu.library import CpuKernels, kernels
 from optinfer.cpu.structs import Pages, Scoring, Sequences
 from optinfer.cpu.weights import CpuWeight
@@ -26,9 +26,11 @@ __all__ = [
     "Pages",
     "Scoring",
     "Sequences",
+    "is_plain",
     "kernels",
     "linear",
     "move_to_large_pages",
+    "product",
     "remembered",
     "use_cpu_linear",
 ]

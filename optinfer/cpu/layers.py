@@ -56,11 +56,25 @@ class Linear(nn.Linear):
         return super()._apply(fn, recurse)
 
     def _cpu_weight(self, x: Tensor) -> CpuWeight | None:
-        if x.dtype not in _HALVES or x.dtype != self.weight.dtype or x.device.type != "cpu":
-            return None
-        if torch.compiler.is_compiling() or kernels() is None:
-            return None
-        return remembered(self, self.weight, self.bias, make=CpuWeight.plain)
+        return remembered(self, self.weight, self.bias, make=CpuWeight.plain) if _taken(x, self.weight) else None
+
+
+def _taken(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels multiply these: 16 bits, on a CPU, and not while torch compiles."""
+    if x.dtype not in _HALVES or x.dtype != weight.dtype or x.device.type != "cpu":
+        return False
+    return not torch.compiler.is_compiling() and kernels() is not None
+
+
+def is_plain(layer: object) -> bool:
+    """Whether a layer is torch's `nn.Linear` or ours, and no subclass that may compute something else."""
+    return type(layer) in (nn.Linear, Linear)
+
+
+def product(kind: type, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ matrix.T + bias`` as a layer of this kind computes it: by the kernels if it is a `Linear`, else by torch."""
+    weight = CpuWeight.plain(matrix, bias) if issubclass(kind, Linear) and _taken(x, matrix) else None
+    return nn.functional.linear(x, matrix, bias) if weight is None else linear(x, weight)
 
 
 class _LinearWithGradient(torch.autograd.Function):

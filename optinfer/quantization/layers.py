@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from optinfer import cpu
 from optinfer.quantization.experts import Matrices, expert_stacks, one_by_one, restore_experts
@@ -170,7 +169,7 @@ class _Rules:
             return "the output head"
         if id(module.weight) in self.embeddings:
             return "it shares an embedding's weight"
-        if type(module) not in (nn.Linear, cpu.Linear, *_transposed_kinds()):
+        if not (cpu.is_plain(module) or type(module) in _transposed_kinds()):
             return f"a {type(module).__name__}, not a plain linear layer"
         if id(module) in self.adapters:
             return "an adapter"
@@ -346,7 +345,8 @@ def _watched(layers: Iterable[Any], asked: set[int]) -> Iterator[None]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         matrix = self._parameters["weight"]
-        return linear(x, matrix if isinstance(self, nn.Linear) else matrix.T, self._parameters.get("bias"))
+        matrix = matrix if isinstance(self, nn.Linear) else matrix.T
+        return cpu.product(type(self), x, matrix, self._parameters.get("bias"))
 
     kinds: dict[type, type] = {}
     changed = []
@@ -370,7 +370,8 @@ def _stand_ins(layers: Iterable[Any]) -> Iterator[None]:
     """Let layers look as quantized ones do (packed codes for a weight, no `nn.Linear`) and compute as always."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return linear(x, *self._true)
+        kind, matrix, bias = self._true
+        return cpu.product(kind, x, matrix, bias)
 
     kinds: dict[type, type] = {}
     changed = []
@@ -381,7 +382,7 @@ def _stand_ins(layers: Iterable[Any]) -> Iterator[None]:
             if usual not in kinds:
                 kinds[usual] = type("StandIn", (nn.Module,), {"forward": forward})
             changed.append((layer, usual, weight))
-            layer.__dict__["_true"] = (matrix_of(layer), layer.bias)
+            layer.__dict__["_true"] = (usual, matrix_of(layer), layer.bias)
             layer._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
             layer.__class__ = kinds[usual]
         yield

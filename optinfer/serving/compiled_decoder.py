@@ -8,7 +8,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optinfer import cpu
 from optinfer.cpu import structs
@@ -138,6 +138,6 @@ class _Unreadable(Exception):
 
 def cpu_weight(layer: Any) -> cpu.CpuWeight | None:
     """A linear layer's weight as the kernels read it: plain layers, and quantized ones that say how."""
-    if type(layer) in (nn.Linear, cpu.Linear):
+    if cpu.is_plain(layer):
         return cpu.CpuWeight.plain(layer.weight, layer.bias)
     return layer.cpu_weight() if hasattr(layer, "cpu_weight") else None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optinfer import cpu
+
 
 @torch.no_grad()
 def merge(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -25,7 +27,7 @@ def merge(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _is_plain(layer: Any) -> bool:
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_pre_hooks
+    return cpu.is_plain(layer) and "forward" not in vars(layer) and not layer._forward_pre_hooks
 
 
 def _in_one_piece(parameters: list[nn.Parameter]) -> Tensor:

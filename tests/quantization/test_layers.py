@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from optinfer import cpu
 from optinfer.quantization import OptinferConfig, QuantizedLinear, memory_footprint, quantize, save_checkpoint
 from optinfer.quantization.layers import recorded, select_layers
 
@@ -111,18 +110,6 @@ def test_what_is_read_of_one_expert_is_read_of_those_that_no_token_reached():
     assert selection.left["experts.high.wo"] == "other code reads its weight"
     quantize(model, "nf4", progress=False)
     assert (model(ids) - before).norm() < 0.2 * before.norm()
-
-
-def test_layers_that_models_have_on_old_processors_are_plain_too():
-    """`load_model` gives them where torch has no fast products in 16 bits."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).bfloat16()
-    turned = cpu.use_cpu_linear(copy.deepcopy(model))
-    assert list(select_layers(turned).layers) == list(select_layers(model).layers)
-    for one in (model, turned):
-        quantize(one, "int4", progress=False)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), turned.state_dict().values(), strict=True)
-    )
 
 
 def test_layers_whose_weight_others_read_are_left_and_named():
