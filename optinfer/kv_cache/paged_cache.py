@@ -77,7 +77,7 @@ class PagedCache(Cache):
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: "PreTrainedConfig",
         num_blocks: int,
         block_size: int = 16,
         dtype: torch.dtype = torch.bfloat16,
