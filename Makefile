@@ -47,7 +47,7 @@ help:  ## this list
 	@echo "test-ROOM     the tests of one room: $$(ls -d tests/*/ | xargs -n1 basename | grep -v __ | tr '\n' ' ')"
 
 lint: setup ## formatting, style, types
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && scripts/lint_widgets.sh
 
 clean:
 	rm -rf _build build dist *.egg-info

@@ -8,7 +8,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 
 class NotebookError(RuntimeError):
@@ -20,7 +23,7 @@ def execute(
     timeout: float = 600,
     folder: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
-) -> Any:
+) -> "NotebookNode":
     """Execute a notebook and return it with outputs; the file itself is not touched.
 
     Args:

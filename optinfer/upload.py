@@ -1,12 +1,13 @@
 """Numbers of the host on a device, in a copy that nobody waits for."""
 
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def upload(numbers: Sequence | np.ndarray | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of a list or array on `device`.
 
     `torch.tensor(…, device="cuda")` copies from pageable memory, for which the host waits until the GPU has done all its

@@ -104,10 +104,10 @@ def test_every_suite_has_its_rows():
 def test_suites_make_their_rows():
     """The small ones; `tests/test_gpu_day.py` runs the parts of the others."""
     made = [*kv_cache.operation_costs([200], 2), *kv_cache.waste(8), *kv_cache.sharing(8)]
-    typed = rows.read("kv_cache", made)
-    assert {row.names["kind"] for row in typed} == {"operation", "waste", "sharing"}
-    assert len({tuple(row.names.items()) for row in typed}) == len(typed)
-    (timed,) = rows.read("quantization", [quantization.row("nf4", "optinfer", "token, batch 1", [1.0, 3.0, 2.0])])
+    assert {row.kind for row in made} == {"operation", "waste", "sharing"}
+    assert len({tuple(row.names.items()) for row in made}) == len(made)
+    assert rows.read("kv_cache", [row.as_dict() for row in made]) == made
+    timed = quantization.row("nf4", "optinfer", "token, batch 1", [1.0, 3.0, 2.0])
     assert timed.as_dict().items() >= {"seconds": 2.0, "fastest": 1.0, "variant": "nf4"}.items()
 
 
@@ -167,26 +167,26 @@ def test_a_wrong_peer_is_not_timed():
 def test_random_models_weigh_what_they_should(variant):
     model = random_model.random_model("small", variant, CPU)
     figures = random_model.measure(model, CPU, repeats=2)
-    assert figures["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-    assert figures["seconds"] > 0
+    assert figures.weight_bytes == sum(p.nbytes for p in model.parameters())
+    assert figures.seconds > 0
     if variant != "bf16":
         full = random_model.random_model("small", "bf16", CPU)
         linear = sum(
             m.weight.nbytes for n, m in full.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
         )
         other = sum(p.nbytes for p in full.parameters()) - linear
-        assert figures["weight_bytes"] < other + linear * 0.3
+        assert figures.weight_bytes < other + linear * 0.3
 
 
 def test_paged_attention_suite_counts_and_checks(monkeypatch):
     """A context that does not fill its last page; the figures count the keys and values of whole pages, once."""
     rows = paged_attention.measure(2, 50, torch.float32, CPU)
     ours = ["paged: loops"] if cpu.kernels() is not None else []
-    assert [r["peer"] for r in rows] == ["contiguous", "paged: gather, then sdpa", *ours, "copy"]
+    assert [r.peer for r in rows] == ["contiguous", "paged: gather, then sdpa", *ours, "copy"]
     for r in rows[:-1]:
-        assert r["kv_bytes"] == 2 * 2 * 64 * 8 * 128 * 4
-        assert r["bytes_per_second"] == pytest.approx(r["kv_bytes"] / r["seconds"])
-    assert rows[0]["over_contiguous"] == 1
+        assert r.kv_bytes == 2 * 2 * 64 * 8 * 128 * 4
+        assert r.bytes_per_second == pytest.approx(r.kv_bytes / r.seconds)
+    assert rows[0].over_contiguous == 1
     monkeypatch.setattr(paged_attention, "paged_attention", lambda q, *_, **__: q)
     with pytest.raises(AssertionError, match="paged: gather, then sdpa differs"):
         paged_attention.measure(1, 50, torch.float32, CPU)

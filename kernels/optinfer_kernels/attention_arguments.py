@@ -49,21 +49,7 @@ def check_attention(
     Raises TypeError for what is not a tensor or has the wrong dtype, ValueError for sizes, devices and options.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {list(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{name} has dtype {tensor.dtype}; supported: {allowed}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}")
-        if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"batch sizes differ: q has {q.shape[0]}, {name} has {tensor.shape[0]}")
-        if tensor.shape[3] != q.shape[3]:
-            raise ValueError(f"head_dim differs: q has {q.shape[3]}, {name} has {tensor.shape[3]}")
+        _check_tensor(name, tensor, q, dtypes)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     if v.shape != k.shape:
@@ -85,3 +71,22 @@ def check_attention(
         raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
     sizes = (batch, heads, kv_heads, q_len, kv_len, head_dim)
     return AttentionArguments(*sizes, bool(causal), float(scale), window, softcap)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, q: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """One of q, k and v: four dimensions, and like q where they must be alike."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {tensor.dtype}; supported: {allowed}")
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}")
+    if tensor.device != q.device:
+        raise ValueError(f"q, k and v must be on one device: q is on {q.device}, {name} on {tensor.device}")
+    if tensor.shape[0] != q.shape[0]:
+        raise ValueError(f"batch sizes differ: q has {q.shape[0]}, {name} has {tensor.shape[0]}")
+    if tensor.shape[3] != q.shape[3]:
+        raise ValueError(f"head_dim differs: q has {q.shape[3]}, {name} has {tensor.shape[3]}")

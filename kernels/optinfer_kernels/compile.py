@@ -12,10 +12,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer_kernels import require_triton
 
@@ -24,6 +24,9 @@ triton = require_triton()
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 # Compute capability -> shared memory one block may use, in bytes (CUDA programming guide, table "compute capabilities").
 SHARED_MEMORY = {
@@ -95,9 +98,9 @@ class CompiledKernel:
 
 def compile_for(
     arch: int,
-    kernel: Any,
+    kernel: "JITFunction",
     signature: dict[str, str],
-    constants: dict[str, Any],
+    constants: Mapping[str, object],
     *,
     aligned: tuple[str, ...] = (),
     num_warps: int = 4,

@@ -19,11 +19,14 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from optinfer_kernels import acting_capability, require_triton
+
+if TYPE_CHECKING:
+    import torch
 
 triton = require_triton()
 
@@ -31,12 +34,25 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter as _triton_interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+
+class Launcher(Protocol):
+    """Who takes launches in this module's place, such as the emulator; `arch` is the compute capability times ten."""
+
+    @property
+    def arch(self) -> int: ...
+
+    @property
+    def processors(self) -> int: ...
+
+    def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None: ...
+
+
 _lock = threading.RLock()  # the interpreter patches triton.language globally: one launch at a time
 _forced = False
-_stand_in: Any = None  # what every launch goes to instead, such as the emulator
+_stand_in: Launcher | None = None  # what every launch goes to instead, such as the emulator
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel[grid](*args, **options)`: compiled if the tensors are on a GPU, interpreted if they are not.
 
     Compile options such as `num_warps` may be given in both cases; the interpreter ignores them.
@@ -70,11 +86,8 @@ def interpreted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def launches_go_to(gpu: Any) -> Iterator[None]:
-    """Inside, `launch` calls `gpu.launch` whatever the device of the tensors, and `device_shape` is the one of `gpu`.
-
-    `gpu` has `launch(kernel, grid, *args, **options)`, `arch` and `processors`.
-    """
+def launches_go_to(gpu: Launcher) -> Iterator[None]:
+    """Inside, `launch` calls `gpu.launch` whatever the device of the tensors, and `device_shape` is the one of `gpu`."""
     global _stand_in
     before, _stand_in = _stand_in, gpu
     try:
@@ -83,14 +96,14 @@ def launches_go_to(gpu: Any) -> Iterator[None]:
         _stand_in = before
 
 
-def will_interpret(device: Any) -> bool:
+def will_interpret(device: "torch.device | str") -> bool:
     """Whether `launch` would interpret a kernel whose tensors are on `device`."""
     if _stand_in is not None:
         return False
     return _forced or getattr(device, "type", str(device)).split(":")[0] != "cuda" or _environment_interprets()
 
 
-def device_shape(device: Any) -> tuple[int, int]:
+def device_shape(device: "torch.device | str") -> tuple[int, int]:
     """(compute capability times ten, number of processors); a small imaginary GPU where kernels are interpreted.
 
     `acting_capability` comes before the real one.
@@ -244,67 +257,82 @@ def _repair_arithmetic() -> None:
     an error. Here dot and casts are put right, and elementwise bfloat16 arithmetic raises: kernels convert with
     `.to(tl.float32)` first, which costs nothing on a GPU.
     """
-    interpreter = _triton_interpreter
-    builder = interpreter.InterpreterBuilder
-    dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
+    builder = _triton_interpreter.InterpreterBuilder
+    _repair_casts(builder)
+    _repair_products(builder)
+    for name in ("binary_op", "unary_op", "create_fma"):
+        _refuse_bf16(builder, name)
+    _repair_loop_bounds()
 
-    def widen(handle):
-        return _bf16_to_fp32(handle) if _is_bf16(handle.dtype) else handle
 
-    def create_dot(self, a, b, acc, *rest):
-        return dot(self, widen(a), widen(b), acc, *rest)  # products of bf16 are exact in fp32, as in hardware
+def _widened(handle: Any) -> Any:
+    return _bf16_to_fp32(handle) if _is_bf16(handle.dtype) else handle
+
+
+def _repair_casts(builder: Any) -> None:
+    cast, convert = builder.cast_impl, builder.create_fp_to_fp
 
     def cast_impl(self, src, dst_type):
         if _is_bf16(dst_type) and not _is_bf16(src.dtype):
-            return interpreter.TensorHandle(_fp32_to_bf16(np.asarray(src.data, dtype=np.float32)), tl.bfloat16)
-        return cast(self, src if _is_bf16(dst_type) else widen(src), dst_type)
+            rounded = _fp32_to_bf16(np.asarray(src.data, dtype=np.float32))
+            return _triton_interpreter.TensorHandle(rounded, tl.bfloat16)
+        return cast(self, src if _is_bf16(dst_type) else _widened(src), dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         if _is_bf16(dst_type) and src.dtype.scalar.is_fp8():  # bit patterns on both sides
             return cast_impl(self, convert(self, src, tl.float32, None), dst_type)
         if _is_bf16(src.dtype) and dst_type.scalar.is_fp8():
-            return convert(self, widen(src), dst_type, rounding_mode)
+            return convert(self, _widened(src), dst_type, rounding_mode)
         if _is_bf16(dst_type) or _is_bf16(src.dtype):
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding_mode)
 
-    def refuse_bf16(name):
-        operation = getattr(builder, name)
+    builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
 
-        def guarded(self, first, *rest):
-            if _is_bf16(first.dtype) and first.data.dtype == np.uint16:
-                raise TypeError(
-                    "bfloat16 arithmetic in the Triton interpreter would work on bit patterns: "
-                    "convert with .to(tl.float32) first"
-                )
-            return operation(self, first, *rest)
 
-        setattr(builder, name, guarded)
+def _repair_products(builder: Any) -> None:
+    """`tl.dot` of bfloat16, and `tl.dot_scaled`, which the interpreter does not have."""
+    dot, semantic = builder.create_dot, _triton_interpreter.interpreter_semantic
+    dot_scaled = semantic.dot_scaled
+
+    def create_dot(self, a, b, acc, *rest):
+        return dot(self, _widened(a), _widened(b), acc, *rest)  # products of bf16 are exact in fp32, as in hardware
 
     def create_dot_scaled(self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_k_pack, b_k_pack, acc):
         if not (a_k_pack and b_k_pack):
             raise NotImplementedError("tl.dot_scaled in the Triton interpreter: operands must be packed along k")
         left = _scaled(a.data, a_scale, a_format.name)
         right = _scaled(b.data.swapaxes(-1, -2), b_scale, b_format.name).swapaxes(-1, -2)
-        return interpreter.TensorHandle((left @ right).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
-
-    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
-    builder.create_dot_scaled = create_dot_scaled
-    semantic = interpreter.interpreter_semantic
-    dot_scaled = semantic.dot_scaled
+        summed = (left @ right).astype(acc.data.dtype) + acc.data
+        return _triton_interpreter.TensorHandle(summed, acc.dtype.scalar)
 
     def dot_scaled_of_strings(a, a_scale, a_format, b, b_scale, b_format, *rest):  # constants are plain strings here
         return dot_scaled(a, a_scale, tl.constexpr(a_format), b, b_scale, tl.constexpr(b_format), *rest)
 
+    builder.create_dot, builder.create_dot_scaled = create_dot, create_dot_scaled
     semantic.dot_scaled = dot_scaled_of_strings
-    for name in ("binary_op", "unary_op", "create_fma"):
-        refuse_bf16(name)
 
-    # Triton 3.6 with NumPy >= 2.4: int() of a one-element array raises, so run-time loop bounds do.
-    patch_tensor = interpreter._patch_lang_tensor
+
+def _refuse_bf16(builder: Any, name: str) -> None:
+    operation = getattr(builder, name)
+
+    def guarded(self, first, *rest):
+        if _is_bf16(first.dtype) and first.data.dtype == np.uint16:
+            raise TypeError(
+                "bfloat16 arithmetic in the Triton interpreter would work on bit patterns: "
+                "convert with .to(tl.float32) first"
+            )
+        return operation(self, first, *rest)
+
+    setattr(builder, name, guarded)
+
+
+def _repair_loop_bounds() -> None:
+    """Triton 3.6 with NumPy >= 2.4: int() of a one-element array raises, so run-time loop bounds do."""
+    patch_tensor = _triton_interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    _triton_interpreter._patch_lang_tensor = patch_lang_tensor

@@ -71,23 +71,45 @@ def check_paged_attention(
     Block numbers and lengths are checked where that is free, on a CPU; on a GPU it would stop the stream.
     Raises TypeError for what is not a tensor or has the wrong dtype, ValueError for all else.
     """
+    _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks)
+    _check_queries(q, packed=query_starts is not None)
+    heads, head_dim = q.shape[1], q.shape[-1]
+    num_blocks, block_size, kv_heads, int8 = _check_caches(q, k_cache, v_cache, k_scale, v_scale)
+    batch = q.shape[0] if query_starts is None else query_starts.shape[0] - 1
+    _check_numbers(batch, block_tables, context_lens, query_starts)
+    packed, starts, max_queries = _packed(q, query_starts, max_queries)
+    if q.device.type == "cpu":
+        _check_tables(block_tables, context_lens, starts, num_blocks, block_size, packed.shape[0], max_queries)
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    _check_scores(heads, scale, window, softcap, sinks)
+    return PagedArguments(
+        q=packed, query_starts=starts, max_queries=max_queries, batch=batch, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, num_blocks=num_blocks, block_size=block_size, scale=float(scale), int8=int8,
+        window=window or 0, softcap=float(softcap or 0), sinks=None if sinks is None else sinks.detach().float(),
+        _shape=q.shape,
+    )  # fmt: skip
+
+
+def _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks) -> None:
+    """All of them tensors on one device; the last two may be None."""
     tensors = {
         "q": q,
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_tables": block_tables,
         "context_lens": context_lens,
-        "query_starts": query_starts,
-        "sinks": sinks,
     }
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("query_starts", "sinks"):
-            continue
+    optional = {"query_starts": query_starts, "sinks": sinks}
+    for name, tensor in (tensors | {name: one for name, one in optional.items() if one is not None}).items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
-    if q.dim() not in (3, 4) or (query_starts is not None and q.dim() != 3):
+
+
+def _check_queries(q: torch.Tensor, packed: bool) -> None:
+    if q.dim() not in (3, 4) or (packed and q.dim() != 3):
         shapes = (
             "[batch, heads, head_dim] or [batch, heads, q_len, head_dim]; with query_starts [tokens, heads, head_dim]"
         )
@@ -96,9 +118,12 @@ def check_paged_attention(
         raise TypeError(f"q has dtype {q.dtype}; supported: float16, bfloat16, float32")
     if min(q.shape) < 1:
         raise ValueError(f"q must not be empty, got shape {list(q.shape)}")
-    heads, head_dim = q.shape[1], q.shape[-1]
-    num_blocks, block_size, kv_heads, int8 = _check_caches(q, k_cache, v_cache, k_scale, v_scale)
-    batch = q.shape[0] if query_starts is None else query_starts.shape[0] - 1
+
+
+def _check_numbers(
+    batch: int, block_tables: torch.Tensor, context_lens: torch.Tensor, query_starts: torch.Tensor | None
+) -> None:
+    """Integers, one row for each sequence."""
     for name, tensor, shape in (
         ("block_tables", block_tables, "[batch, max_blocks]"),
         ("context_lens", context_lens, "[batch]"),
@@ -111,19 +136,23 @@ def check_paged_attention(
         first = batch + (name == "query_starts")
         if tensor.dim() != shape.count(",") + 1 or tensor.shape[0] != first or batch < 1:
             raise ValueError(f"{name} must be {shape} with batch {batch}, got {list(tensor.shape)}")
+
+
+def _packed(
+    q: torch.Tensor, query_starts: torch.Tensor | None, max_queries: int | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Queries of all sequences in a row, where each sequence's begin, and how many one has at most."""
+    if query_starts is not None:
+        return q, query_starts, int(query_starts.diff().max()) if max_queries is None else max_queries
     q_len = q.shape[2] if q.dim() == 4 else 1
-    if query_starts is None:
-        packed = q if q.dim() == 3 else q.transpose(1, 2).flatten(0, 1)
-        starts = torch.arange(0, (batch + 1) * q_len, q_len, device=q.device, dtype=torch.int32)
-        max_queries = q_len
-    else:
-        packed, starts = q, query_starts
-        if max_queries is None:
-            max_queries = int(query_starts.diff().max())
-    if q.device.type == "cpu":
-        _check_tables(block_tables, context_lens, starts, num_blocks, block_size, packed.shape[0], max_queries)
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
+    starts = torch.arange(0, (q.shape[0] + 1) * q_len, q_len, device=q.device, dtype=torch.int32)
+    return q if q.dim() == 3 else q.transpose(1, 2).flatten(0, 1), starts, q_len
+
+
+def _check_scores(
+    heads: int, scale: float, window: int | None, softcap: float | None, sinks: torch.Tensor | None
+) -> None:
+    """What is done to the scores before the softmax."""
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale!r}")
     if window is not None and window < 1:
@@ -132,12 +161,6 @@ def check_paged_attention(
         raise ValueError(f"softcap must be a positive number, or None, got {softcap!r}")
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must be [{heads}], one per head, got {list(sinks.shape)}")
-    return PagedArguments(
-        q=packed, query_starts=starts, max_queries=max_queries, batch=batch, heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, num_blocks=num_blocks, block_size=block_size, scale=float(scale), int8=int8,
-        window=window or 0, softcap=float(softcap or 0), sinks=None if sinks is None else sinks.detach().float(),
-        _shape=q.shape,
-    )  # fmt: skip
 
 
 def _check_caches(q, k_cache, v_cache, k_scale, v_scale) -> tuple[int, int, int, bool]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 IMPLEMENTATION = "optinfer_examination"
 PROBE_TOKENS = 24
@@ -200,7 +200,7 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
         raise UnsupportedModel(f"{type(model).__name__} cannot compute a plain prompt of token ids: {error}") from error
 
 
-def attention_configs(model: PreTrainedModel) -> list[Any]:
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs in which the modules of a model look up their attention function."""
     found: list[Any] = [model.config.get_text_config()]
     found += [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
@@ -208,7 +208,7 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
 
 
 @contextlib.contextmanager
-def attention_implementation(configs: list[Any], name: str) -> Iterator[None]:
+def attention_implementation(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
     """Let a model's layers call another attention function."""
     usual = [config._attn_implementation for config in configs]
     try:
@@ -238,7 +238,7 @@ class _Examination:
         finally:
             _current.reset(token)
 
-    def mask(self, q_length: int, kv_length: int, rule: Callable[..., Tensor], device: Any) -> Tensor:
+    def mask(self, q_length: int, kv_length: int, rule: Callable[..., Tensor], device: torch.device) -> Tensor:
         """A mask [1, 1, q, kv] that means what the model's rule means, remembered with its window."""
         window = window_of(rule, self.max_length)
         mask = _seen(q_length, kv_length, window, device)[None, None]
@@ -287,7 +287,7 @@ class _Examination:
 _current: contextvars.ContextVar[_Examination] = contextvars.ContextVar("optinfer_examination")
 
 
-def _seen(queries: int, keys: int, window: int | None, device: Any) -> Tensor:
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Bool [queries, keys]; the last query is the last key."""
     key = torch.arange(keys, device=device)
     own = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -295,7 +295,7 @@ def _seen(queries: int, keys: int, window: int | None, device: Any) -> Tensor:
     return seen if window is None else seen & (key > own - window)
 
 
-def _apply(rule: Callable[..., Tensor], queries: int, keys: int, device: Any) -> Tensor:
+def _apply(rule: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> Tensor:
     zero = torch.zeros((), dtype=torch.long, device=device)
     q = torch.arange(keys - queries, keys, device=device)[:, None].expand(queries, keys)
     kv = torch.arange(keys, device=device)[None].expand(queries, keys)
@@ -342,7 +342,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: LayerNeeds,
     return (weights @ v).to(q.dtype).transpose(1, 2).contiguous()
 
 
-def read_needs(module: Any, kwargs: dict[str, Any], causal: bool | None) -> dict[str, Any]:
+def read_needs(module: nn.Module, kwargs: dict[str, Any], causal: bool | None) -> dict[str, Any]:
     """Window, soft cap and sinks from an attention function's arguments.
 
     Raises UnsupportedModel: there is an argument that we do not know.

@@ -87,15 +87,19 @@ def hbm_bytes(
     if kind == "eager":
         repeat = kv_bytes + repeated_kv_bytes if kv_heads != heads else 0
         mask = batch * q_len * kv_len * itemsize if causal else 0
-        per_score = itemsize  # q kᵀ: write
-        per_score += 2 * itemsize  # scale: read, write
-        per_score += 2 * itemsize if causal else 0  # mask: read, write
-        per_score += itemsize + 4  # softmax: read, write in fp32
-        per_score += 4 + itemsize if itemsize != 4 else 0  # cast back
-        per_score += itemsize  # weights v: read
-        return 4 * q_bytes + repeated_kv_bytes + repeat + mask + scores * per_score  # q, out; out again, transposed
+        of_scores = scores * _eager_bytes_per_score(itemsize, causal)
+        return 4 * q_bytes + repeated_kv_bytes + repeat + mask + of_scores  # q, out; out again, transposed
     seen = sum(_keys_read(start, q_len, kv_len, causal, block_m) for start in range(0, q_len, block_m))
     return 2 * q_bytes + 2 * batch * heads * seen * head_dim * itemsize
+
+
+def _eager_bytes_per_score(itemsize: int, causal: bool) -> int:
+    written = itemsize  # q kᵀ: write
+    scaled = 2 * itemsize  # scale: read, write
+    masked = 2 * itemsize if causal else 0  # mask: read, write
+    softmax = itemsize + 4  # softmax: read, write in fp32
+    cast = 4 + itemsize if itemsize != 4 else 0  # cast back
+    return written + scaled + masked + softmax + cast + itemsize  # weights v: read
 
 
 def _keys_read(first_row: int, q_len: int, kv_len: int, causal: bool, block_m: int) -> int:

@@ -5,7 +5,7 @@ layer, `attention_forward`. The rule between the two: None means "the last query
 do by themselves; anything else is a ready 4-D mask, and torch's SDPA takes over.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from optinfer.attention import needs
 from optinfer.attention.dispatch import flash_attention
 from optinfer.attention.reference import attention_reference, causal_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NAME = "optinfer"
 
@@ -65,7 +68,7 @@ def attention_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     local_size: int | None = None,
-    config: Any = None,
+    config: "PreTrainedConfig | None" = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """None where "the last query sees the last key" says it all, else the full bool mask [B, 1, q, kv].

@@ -1,12 +1,12 @@
 """Benchmarks: correctness before timing, peers side by side in one run, results with their provenance.
 
-A suite is a module of this package with ``run(quick: bool = False) -> list[dict]``: one flat dict per measurement, with
-the fields of its row in `optinfer.bench.rows`.
+A suite is a module of this package with ``run(quick: bool = False)``: one row per measurement, of the class that
+`optinfer.bench.rows` has for it.
 """
 
 import importlib
 
-from optinfer.bench.rows import Row, read
+from optinfer.bench.rows import Row
 
 SUITES = (
     "quantization",
@@ -23,8 +23,8 @@ def run(suite: str, quick: bool = False) -> list[Row]:
     """Run one suite.
 
     Raises:
-        ValueError: there is no such suite; it made a row of other fields than its own.
+        ValueError: there is no such suite.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, or all; not {suite!r}")
-    return read(suite, importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick))
+    return importlib.import_module(f"optinfer.bench.{suite}").run(quick=quick)

@@ -32,7 +32,7 @@ SDPA = {
 CHECKED_ELEMENTS = 2**26  # scores per head group that a float64 reference may hold
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[AttentionRow]:
     """Rows with peer, sizes, median seconds, tflops, fraction of the matmul rate, peak extra bytes and error.
 
     `error` is the largest difference from float64; `error_ratio` divides it by the error of the formula in the same
@@ -40,7 +40,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """
     device = hardware.default_device()
     dtype = hardware.default_dtype(device)
-    rows = []
+    rows: list[AttentionRow] = []
     for sizes in problems(device, quick):
         rows += compare(sizes, device, dtype, repeats=5 if quick else 20)
     return rows + memory_rows(device, dtype, quick)
@@ -66,7 +66,7 @@ def brief(rows: list[AttentionRow]) -> list[dict[str, Any]]:
     return shown
 
 
-def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
+def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[AttentionRow]:
     """Memory beyond inputs for one head of 64, as the text gets longer: the whole matrix of scores, or a tile of it."""
     lengths = (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384)
     tiled: Backend = "auto" if device.type == "cuda" else "online"
@@ -79,8 +79,7 @@ def memory_rows(device: torch.device, dtype: torch.dtype, quick: bool) -> list[d
         q, k, v = (torch.randn(1, 1, n, 64, device=device, dtype=dtype) for _ in range(3))
         for name, attend in formulas.items():
             peak = peak_extra_bytes(functools.partial(attend, q, k, v))
-            sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "q_len": n, "kv_len": n, "head_dim": 64, "causal": True}
-            rows.append({"peer": name, "what": "memory", **sizes, "peak_bytes": peak})
+            rows.append(AttentionRow(peer=name, what="memory", **problem(1, 1, 1, n, n, 64, True), peak_bytes=peak))
     return rows
 
 
@@ -96,8 +95,12 @@ def problems(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             (16384 // n, 2048 // d, 2048 // d, n, n, d, c) for d in (64, 128) for c in (False, True) for n in lengths
         ]
         shapes += [(b, 32, 8, 1, n, 128, False) for b in (1, 16) for n in (4096, 32768)]
-    names = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "causal")
-    return [dict(zip(names, shape, strict=True)) for shape in shapes]
+    return [problem(*shape) for shape in shapes]
+
+
+def problem(*shape: int) -> dict[str, Any]:
+    """A shape under the names that its rows have."""
+    return dict(zip(("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "causal"), shape, strict=True))
 
 
 def peers(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
@@ -129,7 +132,7 @@ def peers(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> di
     return found
 
 
-def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, repeats: int) -> list[AttentionRow]:
     """One row per peer on one problem. Each is checked before any is timed; then they are timed in turns."""
     generator = torch.Generator().manual_seed(0)
     shape = (sizes["batch"], sizes["heads"], sizes["q_len"], sizes["head_dim"])
@@ -141,37 +144,37 @@ def compare(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, rep
         baseline = (attention_reference(q[:1], k[:1], v[:1], sizes["causal"]).double() - exact).abs().max().item()
 
     interpreted = device.type != "cuda"
-    rows: list[dict[str, Any]] = []
+    rows: list[AttentionRow] = []
     running: dict[str, Callable[[], Any]] = {}
     for name, attend in peers(sizes, device, dtype).items():
-        row = {"peer": name, **sizes, "dtype": str(dtype).removeprefix("torch."), "seconds": None}
+        row = AttentionRow(peer=name, **sizes, dtype=str(dtype).removeprefix("torch."))
         rows.append(row)
         try:
             out = attend(q, k, v)
         except Exception as error:  # another library's, of any kind; ours are checked elsewhere
-            row["skipped"] = str(error).strip().split("\n")[0][:80]
+            row.skipped = str(error).strip().split("\n")[0][:80]
             continue
         if exact is not None:
-            deviation = (out[:1].double() - exact).abs().max().item()
-            row |= {"error": deviation, "error_ratio": deviation / baseline if baseline else None}
+            row.error = (out[:1].double() - exact).abs().max().item()
+            row.error_ratio = row.error / baseline if baseline else None
         if interpreted and name.startswith("optinfer"):
-            row["skipped"] = "interpreted: checked, not timed"
+            row.skipped = "interpreted: checked, not timed"
             continue
         running[name] = functools.partial(attend, q, k, v)
-        row["peak_bytes"] = peak_extra_bytes(running[name])
+        row.peak_bytes = peak_extra_bytes(running[name])
     samples = in_turns(running, device, repeats)
     flops = attention_flops(*(sizes[n] for n in ("batch", "heads", "q_len", "kv_len", "head_dim", "causal")))
     ceiling = hardware.this_machine().matmul_flops
     for row in rows:
-        if row["peer"] in samples:
-            row["samples"] = samples[row["peer"]]
-            row["seconds"] = statistics.median(row["samples"])
-            row["tflops"] = flops / row["seconds"] / 1e12
-            row["of_matmul"] = flops / row["seconds"] / ceiling
+        if row.peer in samples:
+            row.samples = samples[row.peer]
+            row.seconds = statistics.median(row.samples)
+            row.tflops = flops / row.seconds / 1e12
+            row.of_matmul = flops / row.seconds / ceiling
     return rows
 
 
-def peak_extra_bytes(call: Callable[[], Any]) -> int:
+def peak_extra_bytes(call: Callable[[], object]) -> int:
     """The most memory, in bytes, that torch had allocated during the call beyond what it had before."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

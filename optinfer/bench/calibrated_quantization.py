@@ -21,17 +21,20 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optinfer import data, hardware, models, results
-from optinfer.bench.rows import read
+from optinfer.bench.rows import CalibratedQuantizationRow, read
 from optinfer.quantization.methods.calibrate import calibrate
 from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
 from optinfer.quantization.quality import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 SUITE = "calibrated_quantization"
 EVALUATION_TOKENS = 8192
@@ -40,8 +43,11 @@ LLM_COMPRESSOR = "llm-compressor"
 PEER_METHODS = ("gptq", "awq")
 
 
-def measure(method: str, bits: int) -> dict[str, Any]:
-    """One row: the default model quantized by one method of ours. 8-bit activations stay quantized while judged."""
+def measure(method: str, bits: int) -> CalibratedQuantizationRow:
+    """The default model quantized by one method of ours: a row without names.
+
+    8-bit activations stay quantized while judged.
+    """
     model, tokenizer = models.load_model()
     for parameter in model.parameters():
         parameter.detach().sum()  # mapped from the file: a weight that nobody has read occupies nothing yet
@@ -49,16 +55,16 @@ def measure(method: str, bits: int) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     if method != "none":
         rung(model, tokenizer, method, bits, GROUP_SIZE)
-    row = {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": hardware.peak_memory_bytes(),
-        "peak_bytes_after_load": loaded,
-    }
-    return row | quality(model if method in EIGHT_BITS else dequantize(model), tokenizer)
+    row = CalibratedQuantizationRow(
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu,
+        peak_bytes=hardware.peak_memory_bytes(),
+        peak_bytes_after_load=loaded,
+    )
+    return replace(row, **quality(model if method in EIGHT_BITS else dequantize(model), tokenizer))
 
 
-def measure_llm_compressor(method: str, bits: int) -> dict[str, Any]:
+def measure_llm_compressor(method: str, bits: int) -> CalibratedQuantizationRow:
     """The same for llm-compressor's method: same model, same calibration tokens, judged by the same function.
 
     Raises:
@@ -82,7 +88,7 @@ def measure_llm_compressor(method: str, bits: int) -> dict[str, Any]:
         found = model.load_state_dict(load_file(weights), strict=False)
     if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:
         raise RuntimeError(f"llm-compressor's weights are not those of the model: {found}")
-    return json.loads(done.stdout.splitlines()[-1]) | quality(model, tokenizer)
+    return CalibratedQuantizationRow(**json.loads(done.stdout.splitlines()[-1]), **quality(model, tokenizer))
 
 
 def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def cases(bits: list[int], methods: list[str]) -> list[tuple[str, str, int]]:
     return wanted
 
 
-def isolated(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def isolated(function: Callable[..., T], *args: Any) -> T:
     """The function's result from a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
@@ -115,18 +121,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     args = parser.parse_args(arguments)
     file = args.out / results.file_name(SUITE, results.provenance())
-    rows = results.read(file).rows if file.exists() else []
+    rows = read(SUITE, results.read(file).rows) if file.exists() else []
     for peer, method, bits in cases(args.bits, args.methods):
-        row: dict[str, Any] = {"peer": peer, "method": method, "bits": bits}
-        if any(row.items() <= old.items() for old in rows):
+        names: dict[str, Any] = {"peer": peer, "method": method, "bits": bits}
+        if any(names.items() <= old.names.items() for old in rows):
             continue
-        found = isolated(measure if peer == "optinfer" else measure_llm_compressor, method, bits)
-        row["group_size"] = GROUP_SIZE if method in METHODS else None
-        row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        row["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        rows.append(row | found)
-        results.save(SUITE, [typed.as_dict() for typed in read(SUITE, rows)], args.out)
-        print({k: v for k, v in rows[-1].items() if k != "windows"}, flush=True)
+        row = isolated(measure if peer == "optinfer" else measure_llm_compressor, method, bits)
+        row = replace(row, **names, group_size=GROUP_SIZE if method in METHODS else None)
+        row.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        rows.append(row)
+        results.save(SUITE, [each.as_dict() for each in rows], args.out)
+        print({k: v for k, v in row.as_dict().items() if k != "windows"}, flush=True)
     return 0
 
 

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from optinfer.bench.rows import KVCacheRow
 from optinfer.kv_cache import (
     BlockManager,
     ContiguousAllocator,
@@ -18,7 +20,7 @@ from optinfer.kv_cache import (
 POOL_SLOTS = 16_384  # about what an A100-40GB leaves for the cache of OPT-13B
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[KVCacheRow]:
     """Rows of three kinds: `operation` (seconds each), `waste` (shares of the pool), `sharing` (blocks saved)."""
     sizes = [1_000, 10_000] if quick else [1_000, 10_000, 100_000, 1_000_000]
     return [
@@ -28,25 +30,18 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def operation_costs(sizes: list[int], repeats: int = 200) -> list[dict[str, Any]]:
+def operation_costs(sizes: list[int], repeats: int = 200) -> list[KVCacheRow]:
     """Median seconds of one operation on a pool that is nine tenths full, its rest a queue of prefix hits."""
-    rows = []
+    rows: list[KVCacheRow] = []
     managers = {size: _busy_manager(size) for size in sizes}
     for name, operation in _OPERATIONS.items():
         times: dict[int, list[float]] = {size: [] for size in sizes}
         for i in range(repeats):  # sizes take turns, so that a noisy moment hits all of them
             for size, m in managers.items():
                 times[size].append(operation(m, i))
-        rows += [
-            {
-                "kind": "operation",
-                "operation": name,
-                "peer": "optinfer",
-                "num_blocks": size,
-                "seconds": median(times[size]),
-            }
-            for size in sizes
-        ]
+        for size in sizes:
+            what = KVCacheRow(kind="operation", operation=name, peer="optinfer", num_blocks=size)
+            rows.append(replace(what, seconds=median(times[size])))
     return rows
 
 
@@ -114,7 +109,7 @@ _OPERATIONS = {
 }
 
 
-def waste(num_requests: int = 400, seed: int = 0) -> list[dict[str, Any]]:
+def waste(num_requests: int = 400, seed: int = 0) -> list[KVCacheRow]:
     """Where the pool's slots are while requests wait: pages, and three ways to reserve."""
     trace = sharegpt_like(num_requests, seed)
     allocators = {p: ContiguousAllocator(POOL_SLOTS, p) for p in ContiguousAllocator.POLICIES}
@@ -124,15 +119,16 @@ def waste(num_requests: int = 400, seed: int = 0) -> list[dict[str, Any]]:
         result = simulate(trace, allocator)
         seconds = time.perf_counter() - seconds
         u = result.usage
-        shares = {kind: getattr(u, kind) / u.total for kind in ("used", "reserved", "internal", "external")}
-        rows.append(
-            {"kind": "waste", "peer": name, "seconds": seconds, **shares, "wasted": u.wasted}
-            | {"batch": result.batch, "preemptions": result.preemptions}
-        )
+        shares: dict[str, Any] = {
+            kind: getattr(u, kind) / u.total for kind in ("used", "reserved", "internal", "external")
+        }
+        row = KVCacheRow(kind="waste", peer=name, seconds=seconds, wasted=u.wasted, **shares)
+        row.batch, row.preemptions = result.batch, result.preemptions
+        rows.append(row)
     return rows
 
 
-def sharing(num_requests: int = 100, seed: int = 0) -> list[dict[str, Any]]:
+def sharing(num_requests: int = 100, seed: int = 0) -> list[KVCacheRow]:
     """Blocks saved by n answers to one prompt, and by one system prompt for everybody: the paper's 6.3 and 6.4."""
     trace = sharegpt_like(num_requests, seed)
     kinds = [("samples", n, parallel_sampling_saving) for n in (2, 4, 6)]
@@ -142,5 +138,6 @@ def sharing(num_requests: int = 100, seed: int = 0) -> list[dict[str, Any]]:
         start = time.perf_counter()
         saved = saving(trace, size)
         seconds = time.perf_counter() - start
-        rows.append({"kind": "sharing", "peer": "paged", shared: size, "saved": saved, "seconds": seconds})
+        name: dict[str, Any] = {shared: size}
+        rows.append(KVCacheRow(kind="sharing", peer="paged", **name, saved=saved, seconds=seconds))
     return rows

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from optinfer import cpu
+from optinfer.bench.rows import PagedAttentionRow
 from optinfer.hardware import best_seconds, default_device, default_dtype
 from optinfer.kv_cache import paged_attention
 from optinfer.kv_cache.attention import gather_pages
@@ -13,7 +14,7 @@ from optinfer.kv_cache.attention import gather_pages
 KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE = 8, 4, 128, 16
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[PagedAttentionRow]:
     """One row per peer and shape: seconds, bytes of keys and values read, and bytes per second.
 
     `contiguous` is SDPA on keys that were never paged: the price of paging is the ratio to it.
@@ -23,13 +24,13 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     shapes = [(4, 512), (1, 2048)] if quick else [(1, 2048), (16, 1024), (8, 2048)]
     if device.type == "cuda" and not quick:
         shapes += [(64, 4096), (128, 4096), (1, 131_072)]
-    rows = []
+    rows: list[PagedAttentionRow] = []
     for batch, context in shapes:
         rows += measure(batch, context, dtype, device)
     return rows
 
 
-def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) -> list[PagedAttentionRow]:
     """All peers on one shape, checked against each other before any is timed."""
     blocks = -(-context // BLOCK_SIZE)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -56,19 +57,18 @@ def measure(batch: int, context: int, dtype: torch.dtype, device: torch.device) 
         error = (peer().float() - expected).abs().max().item()
         if error > 0.02:
             raise AssertionError(f"{name} differs from contiguous attention by {error}")
-    nbytes = k.nbytes + v.nbytes
-    rows = []
-    for name, peer in peers.items():
-        seconds = best_seconds(peer, device)
-        rows.append(
-            {"peer": name, "batch": batch, "context": context, "dtype": str(dtype), "seconds": seconds}
-            | {"kv_bytes": nbytes, "bytes_per_second": nbytes / seconds}
+    seconds = {name: best_seconds(peer, device) for name, peer in (peers | {"copy": flat_k.clone}).items()}
+    moved = dict.fromkeys(peers, k.nbytes + v.nbytes) | {"copy": 2 * flat_k.nbytes}
+    return [
+        PagedAttentionRow(
+            peer=name,
+            batch=batch,
+            context=context,
+            dtype=str(dtype),
+            seconds=own,
+            kv_bytes=moved[name],
+            bytes_per_second=moved[name] / own,
+            over_contiguous=own / seconds["contiguous"],
         )
-    copy = best_seconds(lambda: flat_k.clone(), device)
-    rows.append(
-        {"peer": "copy", "batch": batch, "context": context, "dtype": str(dtype), "seconds": copy}
-        | {"kv_bytes": 2 * flat_k.nbytes, "bytes_per_second": 2 * flat_k.nbytes / copy}
-    )
-    for row in rows:
-        row["over_contiguous"] = row["seconds"] / rows[0]["seconds"]
-    return rows
+        for name, own in seconds.items()
+    ]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from optinfer import hardware
+from optinfer.bench.rows import QuantizationRow
 from optinfer.bench.steps import BATCHES, beside_llama_cpp, row
 from optinfer.models import load_model
 from optinfer.quantization import quantize
@@ -37,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[QuantizationRow]:
     """Rows for `optinfer bench quantization`; bitsandbytes and llama.cpp are left out where they are not installed.
 
     Args:
@@ -78,11 +79,11 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
                 raise RuntimeError(f"{name}: logits of the peers differ by {difference:.3g}: not timed")
         rows += _decode_rows(name, made, rounds)
         for peer in peers:
-            rows.append({"variant": name, "peer": peer, "what": "peak memory", **_peak(peer, options)})
+            rows.append(QuantizationRow(variant=name, peer=peer, what="peak memory", **_peak(peer, options)))
     return rows
 
 
-def compare_tokens(model: PreTrainedModel, variant: str = "nf4", rounds: int = 3) -> list[dict[str, Any]]:
+def compare_tokens(model: PreTrainedModel, variant: str = "nf4", rounds: int = 3) -> list[QuantizationRow]:
     """Time per token of the model, and of its quantized copy by each peer that is installed; for the notebook."""
     rows = _decode_rows("bf16", {"torch": model}, rounds)
     peers = [p for p in PEERS if p == "optinfer" or _has_bitsandbytes()]
@@ -146,7 +147,7 @@ def _interleaved_on_copies(
     return seconds
 
 
-def _decode_rows(variant: str, models: dict[str, Any], rounds: int, context: int = 32) -> list[dict[str, Any]]:
+def _decode_rows(variant: str, models: dict[str, Any], rounds: int, context: int = 32) -> list[QuantizationRow]:
     """Time per token (of each sequence) at batch 1 and 8; the peers take turns."""
     from transformers import DynamicCache
 
@@ -177,14 +178,14 @@ def _decode_rows(variant: str, models: dict[str, Any], rounds: int, context: int
     return rows
 
 
-def _peak(peer: str, options: dict[str, Any]) -> dict[str, float]:
+def _peak(peer: str, options: dict[str, Any]) -> dict[str, Any]:
     """Peak resident memory of a fresh process that loads, quantizes and generates 8 tokens, in bytes."""
     command = [sys.executable, "-m", "optinfer.bench.quantization", peer, json.dumps(options)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
-def _peak_here(peer: str, options: dict[str, Any]) -> dict[str, float]:
+def _peak_here(peer: str, options: dict[str, Any]) -> dict[str, int]:
     if _has_bitsandbytes():
         import bitsandbytes  # noqa: F401  both peers pay for its import: our fused operator lives there
 

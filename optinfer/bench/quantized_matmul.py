@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from optinfer import hardware
 from optinfer.bench import random_model
+from optinfer.bench.rows import QuantizedMatmulRow
 from optinfer.bench.timing import copies_past_the_cache, in_turns, one_after_another
 from optinfer.quantization.formats.gpu import as_kernel_weight
 from optinfer.quantization.formats.grid import quantize_linear
@@ -38,13 +39,13 @@ class Prepared:
     restore: Callable[[], Tensor] | None = None  # None: its rounding is its own, only a loose check is possible
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[QuantizedMatmulRow]:
     """Rows with peer, shape, tokens, median seconds, bytes read, fraction of copy bandwidth, speed over bf16, error."""
     device = hardware.default_device()
     rows = [copy_row(device)]
     cases = [(*shape, tokens) for shape in shapes(device, quick) for tokens in tokens_of(device, quick)]
     for out_features, in_features, tokens in tqdm(cases, desc="quantized_matmul", unit="product"):
-        rows += compare(out_features, in_features, tokens, device, rows[0]["bytes_per_second"], quick)
+        rows += compare(out_features, in_features, tokens, device, rows[0], quick)
     return rows + random_model.run(quick)
 
 
@@ -86,31 +87,32 @@ def compare(
     in_features: int,
     tokens: int,
     device: torch.device,
-    copy_rate: float,
+    copy: QuantizedMatmulRow,
     quick: bool,
     most_copies: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[QuantizedMatmulRow]:
     """One row per peer on one product. A peer that is wrong is an error; one that cannot run has a `skipped` reason.
 
+    copy: the ceiling, from `copy_row`.
     most_copies: of a packed weight, for rehearsals; None: as many as no cache holds.
     """
     dtype = hardware.default_dtype(device)
     generator = torch.Generator().manual_seed(out_features + in_features)
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu").mul_(0.02).to(device, dtype)
     x = torch.randn(tokens, in_features, generator=generator, device="cpu").to(device, dtype)
-    case = {"out_features": out_features, "in_features": in_features, "tokens": tokens, "dtype": str(dtype)[6:]}
-    rows: list[dict[str, Any]] = []
+    names = QuantizedMatmulRow(out_features=out_features, in_features=in_features, tokens=tokens, dtype=str(dtype)[6:])
+    rows: list[QuantizedMatmulRow] = []
     calls: dict[str, Callable[[], Any]] = {}
     copies: dict[str, int] = {}
     for name, prepare in peers(device).items():
-        row: dict[str, Any] = {"peer": name, **case, "seconds": None}
+        row = replace(names, peer=name)
         rows.append(row)
         if "readable" in name and tokens > 16:
-            row["skipped"] = "one program per token: for few"
+            row.skipped = "one program per token: for few"
             continue
         try:
             first = prepare(weight)
-            row |= {"read_bytes": first.nbytes, "error": check(name, first, weight, x)}
+            row.read_bytes, row.error = first.nbytes, check(name, first, weight, x)
             copies[name] = copies_past_the_cache(first.nbytes) if not quick or device.type == "cuda" else 2
             copies[name] = min(copies[name], most_copies or copies[name])
             packed = [first, *(prepare(weight) for _ in range(copies[name] - 1))]
@@ -120,17 +122,23 @@ def compare(
         except Exception as error:  # another library's, of any kind: named in the row, and the others go on
             if name.startswith("optinfer"):
                 raise
-            row["skipped"] = f"{type(error).__name__}: {error}".split("\n")[0][:80]
+            row.skipped = f"{type(error).__name__}: {error}".split("\n")[0][:80]
     with torch.inference_mode():
         samples = in_turns(calls, device, repeats=5 if quick or device.type != "cuda" else 21)
+    taken = {name: [s / copies[name] for s in own] for name, own in samples.items()}
     for row in rows:
-        if row["peer"] in samples:
-            row["samples"] = [s / copies[row["peer"]] for s in samples[row["peer"]]]
-            row["seconds"] = statistics.median(row["samples"])
-            row["bytes_per_second"] = row["read_bytes"] / row["seconds"]
-            row["of_copy"] = row["bytes_per_second"] / copy_rate
-            row["over_bf16"] = rows[0]["seconds"] / row["seconds"]
+        if row.peer in taken:
+            _fill_in(row, taken[row.peer], statistics.median(taken["torch bf16"]), copy)
     return rows
+
+
+def _fill_in(row: QuantizedMatmulRow, samples: list[float], in_16_bits: float, copy: QuantizedMatmulRow) -> None:
+    """The figures that follow from the seconds of each product."""
+    assert row.read_bytes is not None and copy.bytes_per_second is not None
+    row.samples, row.seconds = samples, statistics.median(samples)
+    row.bytes_per_second = row.read_bytes / row.seconds
+    row.of_copy = row.bytes_per_second / copy.bytes_per_second
+    row.over_bf16 = in_16_bits / row.seconds
 
 
 def check(name: str, prepared: Prepared, weight: Tensor, x: Tensor) -> float:
@@ -144,14 +152,14 @@ def check(name: str, prepared: Prepared, weight: Tensor, x: Tensor) -> float:
     return error
 
 
-def copy_row(device: torch.device) -> dict[str, Any]:
+def copy_row(device: torch.device) -> QuantizedMatmulRow:
     """Bandwidth of a copy far larger than the caches, counting what is read and what is written."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     samples = in_turns({"copy": lambda: target.copy_(source)}, device, repeats=11)["copy"]
     seconds = statistics.median(samples)
     rate = 2 * source.nbytes / seconds
-    return {"peer": "copy", "seconds": seconds, "bytes_per_second": rate, "of_copy": 1.0, "samples": samples}
+    return QuantizedMatmulRow(peer="copy", seconds=seconds, bytes_per_second=rate, of_copy=1.0, samples=samples)
 
 
 # ---------------------------------------------------------------------------------------------------- the peers

@@ -7,12 +7,14 @@ weight. The text that comes out is noise.
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from optinfer import hardware, noise
+from optinfer.bench.rows import QuantizedMatmulRow
 from optinfer.bench.timing import in_turns, one_after_another
 from optinfer.memory import ModelShape
 from optinfer.quantization.layers import linear_layers, replace_module
@@ -44,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[QuantizedMatmulRow]:
     """Rows with model, variant, weight_bytes (allocated), seconds per token at batch 1 and fraction of bandwidth."""
     device = hardware.default_device()
     cases = [("small", variant) for variant in VARIANTS]
@@ -52,18 +54,17 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         cases = [("Mistral-7B", variant) for variant in VARIANTS] + [("Llama-3-70B", "nf4 + double quantization")]
     rows = []
     for name, variant in cases:
-        row: dict[str, Any] = {"peer": f"optinfer {variant}", "model": name, "seconds": None}
-        rows.append(row)
         try:
-            row |= measure(random_model(name, variant, device), device)
+            row = measure(random_model(name, variant, device), device)
         except torch.OutOfMemoryError:
-            row["skipped"] = "does not fit this GPU"
+            row = QuantizedMatmulRow(skipped="does not fit this GPU")
+        rows.append(replace(row, peer=f"optinfer {variant}", model=name))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
 
 
-def random_model(name: str, variant: str, device: torch.device) -> Any:
+def random_model(name: str, variant: str, device: torch.device) -> PreTrainedModel:
     """A transformers model of these shapes on `device`; never more of it in 16 bits than stays so."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -101,8 +102,11 @@ def fill(model: PreTrainedModel, device: torch.device) -> None:
         inner.rotary_emb = type(inner.rotary_emb)(model.config)
 
 
-def measure(model: PreTrainedModel, device: torch.device, repeats: int = 21) -> dict[str, Any]:
-    """Memory of the weights, and time per token at batch 1 with a context of 512; on a GPU as a CUDA graph."""
+def measure(model: PreTrainedModel, device: torch.device, repeats: int = 21) -> QuantizedMatmulRow:
+    """Memory of the weights, and time per token at batch 1 with a context of 512: a row without names.
+
+    On a GPU a token is a CUDA graph.
+    """
     from transformers import StaticCache
 
     weights = sum(p.nbytes for p in model.parameters())
@@ -124,12 +128,13 @@ def measure(model: PreTrainedModel, device: torch.device, repeats: int = 21) -> 
         samples = in_turns({"step": one_after_another([step], device)}, device, repeats)["step"]
     seconds = statistics.median(samples)
     shape = ModelShape.of(model.config)
-    embeddings = model.get_input_embeddings().weight.nbytes
-    read = weights - embeddings + CONTEXT * shape.kv_bytes_per_token(8 * model.dtype.itemsize)
-    return {
-        "weight_bytes": weights,
-        "seconds": seconds,
-        "samples": samples,
-        "bytes_per_second": read / seconds,
-        "of_bandwidth": read / seconds / hardware.this_machine().bandwidth,
-    }
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    read = weights - embeddings.nbytes + CONTEXT * shape.kv_bytes_per_token(8 * model.dtype.itemsize)
+    return QuantizedMatmulRow(
+        weight_bytes=weights,
+        seconds=seconds,
+        samples=samples,
+        bytes_per_second=read / seconds,
+        of_bandwidth=read / seconds / hardware.this_machine().bandwidth,
+    )

@@ -1,6 +1,7 @@
 """What the rows of each suite hold: names say what was measured, all other fields are measures, what came out.
 
-A name that does not apply to a row is None, and so is what was not measured. Files leave out both.
+A name that does not apply to a row is None, and so is what was not measured. Files leave out both. A suite makes a row
+when it knows what it will measure, and fills in what comes out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ def name() -> Any:
     return field(default=None, metadata={"name": True})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Row:
     """One measurement. `peer`: whose code ran; `seconds`: the median; `skipped`: why it could not run."""
 
@@ -24,7 +25,7 @@ class Row:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:
-        """A row from a flat dict, as suites make them and files hold them.
+        """A row from a flat dict, as files hold them.
 
         Raises:
             ValueError: a field that rows of this suite do not have.
@@ -47,7 +48,7 @@ class Row:
         return self.names | {"seconds": None} | measured
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Sampled(Row):
     """`samples`: seconds of each run; `peak_bytes`: the most memory."""
 
@@ -55,7 +56,7 @@ class Sampled(Row):
     peak_bytes: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class AttentionRow(Sampled):
     """One problem; `what` is "memory" where only that was measured. Rates are of the machine's matrix product."""
 
@@ -74,7 +75,7 @@ class AttentionRow(Sampled):
     of_matmul: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class CalibratedQuantizationRow(Sampled):
     """One rung of lesson 2's ladder. `windows`: the loss of each window of text; `load`: of the machine at the start."""
 
@@ -92,7 +93,7 @@ class CalibratedQuantizationRow(Sampled):
     windows: list[float] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class KVCacheRow(Row):
     """`kind` is operation, waste (shares of the pool) or sharing (`saved`: share of the blocks)."""
 
@@ -111,7 +112,7 @@ class KVCacheRow(Row):
     saved: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PagedAttentionRow(Row):
     """One query per sequence over `context` tokens."""
 
@@ -123,7 +124,7 @@ class PagedAttentionRow(Row):
     over_contiguous: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class QuantizationRow(Sampled):
     """`what` was done with a model of one `variant`."""
 
@@ -133,7 +134,7 @@ class QuantizationRow(Sampled):
     peak_bytes_after_load: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class QuantizedMatmulRow(Sampled):
     """One product, or a step of a whole `model` of random weights, or the copy that is the ceiling."""
 
@@ -152,7 +153,7 @@ class QuantizedMatmulRow(Sampled):
     over_bf16: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ServingRow(Sampled):
     """A trace served: `suite` is throughput, latency or ladder. Times to the first token and per token, in seconds."""
 
@@ -179,7 +180,7 @@ class ServingRow(Sampled):
     preemptions: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SpeculativeRow(Sampled):
     """`what` is generate (a `mode` on prompts of a kind), verify (one pass over `tokens`) or trade-off (a known draft)."""
 
@@ -215,7 +216,7 @@ ROWS: dict[str, type[Row]] = {
 
 
 def read(suite: str, rows: list[dict[str, Any]]) -> list[Row]:
-    """The rows of a suite, from flat dicts.
+    """The rows of a suite, from a file's flat dicts.
 
     Raises:
         ValueError: there is no such suite; a field that its rows do not have.

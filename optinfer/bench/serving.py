@@ -8,13 +8,12 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from optinfer import cpu, data, models
+from optinfer.bench.rows import ServingRow
 from optinfer.bench.worker import Worker, environment_of
 from optinfer.quantization.checkpoints.gguf import load_as_shipped
 from optinfer.serving import Completion, Engine, SamplingParams
@@ -230,7 +230,7 @@ def _continuous(manager: Any, trace: list[TraceRequest]) -> list[list[int]]:
 # ---- the suite
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[ServingRow]:
     """Throughput at 16 and 64 requests (quick: 8), latency under Poisson arrivals, and the cost ladder.
 
     vLLM and llama.cpp take part where `OPTINFER_VLLM_PYTHON` and `OPTINFER_LLAMA_CPP_PYTHON` name the python of their
@@ -249,7 +249,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             peers.append(stack.enter_context(contextlib.closing(vllm)))
         if python := environment_of("llama.cpp", "OPTINFER_LLAMA_CPP_PYTHON"):
             peers.append(stack.enter_context(contextlib.closing(LlamaCpp(python))))
-        rows = []
+        rows: list[ServingRow] = []
         for num_requests, rounds in ((8, 1),) if quick else ((16, 3), (64, 2)):
             rows += throughput(model, trace_of(num_requests), rounds, peers)
         rows += latency(model, trace_of(8 if quick else 32, rate=2.0), peers)
@@ -258,14 +258,47 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     return rows + ladder(model, quantized, trace_of(8 if quick else 24), num_blocks=96, shipped=shipped)
 
 
+@dataclass
+class _Turns:
+    """What one peer's turns brought: seconds of each, what it served in the last, or why it cannot run here."""
+
+    seconds: list[float] = field(default_factory=list)
+    done: list[Served] = field(default_factory=list)
+    skipped: str | None = None
+
+
 def throughput(
     model: "PreTrainedModel", trace: list[TraceRequest], rounds: int = 3, others: Sequence[Peer] = ()
-) -> list[dict[str, Any]]:
+) -> list[ServingRow]:
     """Serve the trace with every peer in turn, after a warm-up, `rounds` times; the order rotates.
 
     Raises RuntimeError if a peer leaves out tokens. One of transformers' ways that cannot run here is `skipped`, with why.
     """
     engines: dict[str, Engine] = {}
+    peers = _ways(model, trace, engines)
+    peers |= {peer.name: lambda peer=peer: _timed(lambda: peer.serve(trace)) for peer in others}  # type: ignore[misc]
+    _warm_up(model, trace, others)
+    turns = _in_turns(peers, trace, rounds)
+    base = turns["transformers generate_batch"].seconds
+    rows = []
+    for name, own in turns.items():
+        if own.skipped is not None:
+            rows.append(ServingRow(suite="throughput", peer=name, requests=len(trace), skipped=own.skipped))
+            continue
+        row = _row("throughput", name, own.done, median(own.seconds), engines.get(name))
+        row.samples = own.seconds
+        row.against_generate_batch = median(base) / median(own.seconds) if base else None
+        rows.append(row)
+    return rows
+
+
+def _ways(
+    model: "PreTrainedModel", trace: list[TraceRequest], engines: dict[str, Engine]
+) -> dict[str, Callable[[], tuple[list[Served], float]]]:
+    """Ours, whose engines are left in `engines`, and transformers'.
+
+    Each with its own seconds: from the first request handed over to the last answer, its memory ready before.
+    """
 
     def fresh_engine(name: str, **options: Any) -> tuple[list[Served], float]:
         engines[name] = Engine(model, num_blocks=_NUM_BLOCKS, **options)
@@ -275,66 +308,49 @@ def throughput(
         tokens, seconds = run_continuous(model, trace)
         return _counted(tokens), seconds
 
-    # Each peer's own seconds: from the first request handed over to the last answer, its memory ready before.
-    peers: dict[str, Callable[[], tuple[list[Served], float]]] = {
+    return {
         "optinfer": lambda: fresh_engine("optinfer"),
         "optinfer, prompt lookup": lambda: fresh_engine("optinfer, prompt lookup", draft="prompt_lookup"),
         "transformers generate": lambda: _timed(lambda: _counted(run_static(model, trace))),
         "transformers generate_batch": continuous,
     }
-    warm_up = [TraceRequest(trace[0].token_ids, 2)] * 2
-    run_engine(Engine(model, num_blocks=64), warm_up)
-    run_static(model, warm_up)
+
+
+def _warm_up(model: "PreTrainedModel", trace: list[TraceRequest], others: Sequence[Peer]) -> None:
+    short = [TraceRequest(trace[0].token_ids, 2)] * 2
+    run_engine(Engine(model, num_blocks=64), short)
+    run_static(model, short)
     for peer in others:
-        peers[peer.name] = lambda peer=peer: _timed(lambda: peer.serve(trace))  # type: ignore[misc]
         for _ in range(2):  # compiled for the trace's shapes before it counts
             peer.serve(trace)
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    results: dict[str, list[Served]] = {}
-    skipped: dict[str, str] = {}
+
+
+def _in_turns(
+    peers: dict[str, Callable[[], tuple[list[Served], float]]], trace: list[TraceRequest], rounds: int
+) -> dict[str, _Turns]:
+    turns = {name: _Turns() for name in peers}
     names = list(peers)
-    turns = [names[(turn + i) % len(names)] for turn in range(rounds) for i in range(len(names))]
-    with tqdm(turns, desc=f"{len(trace)} requests", unit="run") as bar:
+    order = [names[(turn + i) % len(names)] for turn in range(rounds) for i in range(len(names))]
+    with tqdm(order, desc=f"{len(trace)} requests", unit="run") as bar:
         for name in bar:
             bar.set_postfix_str(name)
-            if name in skipped:
+            own = turns[name]
+            if own.skipped is not None:
                 continue
             try:
-                results[name], took = peers[name]()
+                own.done, took = peers[name]()
             except Exception as error:  # another library's, of any kind
                 if not name.startswith("transformers"):
                     raise
-                skipped[name] = f"{type(error).__name__}: {error}".split("\n")[0][:80]
-                seconds.pop(name)
+                own.skipped, own.seconds = f"{type(error).__name__}: {error}".split("\n")[0][:80], []
                 continue
-            seconds[name].append(took)
-            if [done.num_tokens for done in results[name]] != [request.max_tokens for request in trace]:
+            own.seconds.append(took)
+            if [done.num_tokens for done in own.done] != [request.max_tokens for request in trace]:
                 raise RuntimeError(f"{name} did not generate what the trace asks for")
-    num_tokens = sum(request.max_tokens for request in trace)
-    base = median(seconds.get("transformers generate_batch", [math.nan]))
-    measured = [
-        {
-            "suite": "throughput",
-            "peer": name,
-            "requests": len(trace),
-            "output_tokens": num_tokens,
-            "seconds": median(times),
-            "samples": times,
-            "tokens_per_second": num_tokens / median(times),
-            "against_generate_batch": None if math.isnan(base) else base / median(times),
-            **_percentiles(results[name]),
-            **(_memory(engines[name]) if name in engines else {}),
-        }
-        for name, times in seconds.items()
-    ]
-    unmeasured = [
-        {"suite": "throughput", "peer": name, "requests": len(trace), "seconds": None, "skipped": why}
-        for name, why in skipped.items()
-    ]
-    return measured + unmeasured
+    return turns
 
 
-def latency(model: "PreTrainedModel", trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
+def latency(model: "PreTrainedModel", trace: list[TraceRequest], others: Sequence[Peer] = ()) -> list[ServingRow]:
     """The trace's arrivals in real time: time to first token and time per output token, in seconds."""
     engine = Engine(model, num_blocks=_NUM_BLOCKS)
     peers: dict[str, Callable[[], list[Served]]] = {"optinfer": lambda: served(run_engine(engine, trace))}
@@ -343,20 +359,23 @@ def latency(model: "PreTrainedModel", trace: list[TraceRequest], others: Sequenc
     rows = []
     for name, serve in peers.items():
         done, seconds = _timed(serve)
-        num_tokens = sum(d.num_tokens for d in done)
-        rows.append(
-            {
-                "suite": "latency",
-                "peer": name,
-                "requests": len(trace),
-                "output_tokens": num_tokens,
-                "seconds": seconds,
-                "tokens_per_second": num_tokens / seconds,
-                **_percentiles(done),
-                **(_memory(engine) if name == "optinfer" else {}),
-            }
-        )
+        rows.append(_row("latency", name, done, seconds, engine if name == "optinfer" else None))
     return rows
+
+
+def _row(suite: str, peer: str, done: list[Served], seconds: float, engine: Engine | None) -> ServingRow:
+    """A trace served. `engine`: ours, which tells of its memory, too."""
+    num_tokens = sum(d.num_tokens for d in done)
+    return ServingRow(
+        suite=suite,
+        peer=peer,
+        requests=len(done),
+        output_tokens=num_tokens,
+        seconds=seconds,
+        tokens_per_second=num_tokens / seconds,
+        **_percentiles(done),
+        **(_memory(engine) if engine else {}),
+    )
 
 
 def _counted(tokens: list[list[int]]) -> list[Served]:
@@ -369,18 +388,18 @@ def _timed(serve: Callable[[], list[Served]]) -> tuple[list[Served], float]:
     return done, time.perf_counter() - start
 
 
-def _percentiles(done: list[Served]) -> dict[str, float]:
+def _percentiles(done: list[Served]) -> dict[str, Any]:
     """Percentiles of the times that the peer tells (transformers tells none)."""
     found: dict[str, float] = {}
-    for field in ("ttft", "tpot"):
-        values = [getattr(d, field) for d in done if getattr(d, field) is not None]
+    for kind in ("ttft", "tpot"):
+        values = [getattr(d, kind) for d in done if getattr(d, kind) is not None]
         if len(values) > 1:
             cuts = quantiles(values, n=100, method="inclusive")
-            found |= {f"{field}_p{p}": cuts[p - 1] for p in (50, 90, 99)}
+            found |= {f"{kind}_p{p}": cuts[p - 1] for p in (50, 90, 99)}
     return found
 
 
-def _memory(engine: Engine) -> dict[str, int]:
+def _memory(engine: Engine) -> dict[str, Any]:
     stats = engine.stats
     return {
         "cached_tokens": stats.cached_tokens,
@@ -390,14 +409,26 @@ def _memory(engine: Engine) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class _Rung:
+    """What is served with on one rung; `options` of the engine."""
+
+    name: str
+    model: "PreTrainedModel"
+    options: dict[str, Any]
+
+    def engine(self, num_blocks: int) -> Engine:
+        return Engine(self.model, num_blocks=num_blocks, **{"max_batched_tokens": 512, **self.options})
+
+
 def ladder(
     model: "PreTrainedModel",
-    quantized: Any,
+    quantized: "PreTrainedModel | None",
     trace: list[TraceRequest],
     num_blocks: int = 256,
     rounds: int = 1,
-    shipped: Any = None,
-) -> list[dict[str, Any]]:
+    shipped: "PreTrainedModel | None" = None,
+) -> list[ServingRow]:
     """The same trace and the same KV memory, with one idea more on each rung.
 
     The first rungs run the formulas of a textbook over copied pages. Without paging every request reserves the longest
@@ -409,61 +440,63 @@ def ladder(
         shipped: the same model in the 4 bits it was published in, one more rung where it is given.
     """
     longest = max(len(request.token_ids) + request.max_tokens for request in trace)
-    reserved = max(1, num_blocks * 16 // longest)
-    compiled = cpu.kernels() is not None if model.device.type == "cpu" else True
-    naive = {"attention_backend": "reference"}
-    rungs: list[tuple[str, Any, dict[str, Any]]] = [
-        (
-            "static batches",
-            model,
-            naive | {"policy": "static", "prefix_caching": False, "max_num_seqs": reserved},
-        ),
-        ("+ continuous batching", model, naive | {"prefix_caching": False, "max_num_seqs": reserved}),
-        ("+ paging, prefix cache", model, naive),
-    ]
-    if model.device.type == "cpu":
-        rungs.append(("+ flash attention", model, {"attention_backend": "sdpa"}))
-        if compiled:
-            rungs.append(("+ compiled steps", model, {}))
-    else:
-        rungs.append(("+ flash attention", model, {}))
-    if quantized is not None:
-        name = getattr(getattr(quantized.config, "quantization_config", None), "scheme", "quantized")
-        rungs.append((f"+ {name} weights", quantized, {}))
-    if shipped is not None:
-        rungs.append(("weights as published (Q4_1)", shipped, {}))
-    rungs.append(("+ prompt lookup", quantized if quantized is not None else model, {"draft": "prompt_lookup"}))
-    seconds: dict[str, list[float]] = {name: [] for name, _, _ in rungs}
-    rows = {}
-    for _, which, options in rungs:
-        run_engine(_rung(which, num_blocks, options), [TraceRequest(trace[0].token_ids, 2)])
+    rungs = _rungs(model, quantized, shipped, reserved=max(1, num_blocks * 16 // longest))
+    for rung in rungs:
+        run_engine(rung.engine(num_blocks), [TraceRequest(trace[0].token_ids, 2)])
+    seconds: dict[str, list[float]] = {rung.name: [] for rung in rungs}
+    rows: dict[str, ServingRow] = {}
     for turn in range(rounds):
-        for name, which, options in rungs[turn % len(rungs) :] + rungs[: turn % len(rungs)]:
-            engine = _rung(which, num_blocks, options)
+        for rung in rungs[turn % len(rungs) :] + rungs[: turn % len(rungs)]:
+            engine = rung.engine(num_blocks)
             start = time.perf_counter()
             done = run_engine(engine, trace)
-            seconds[name].append(time.perf_counter() - start)
-            rows[name] = {
-                "suite": "ladder",
-                "peer": "optinfer",
-                "rung": name,
-                "requests": len(trace),
-                "ttft_p50": median(c.metrics.time_to_first_token or 0.0 for c in done),
-                "steps": engine.stats.steps,
-                "computed_tokens": engine.stats.computed_tokens,
-                "preemptions": engine.stats.preemptions,
-                "accepted_tokens": engine.stats.accepted_tokens,
-                "output_tokens": sum(len(c.token_ids) for c in done),
-            }
+            seconds[rung.name].append(time.perf_counter() - start)
+            rows[rung.name] = _rung_row(rung.name, engine, done)
     for name, times in seconds.items():
-        middle = median(times)
-        rows[name] |= {
-            "seconds": middle,
-            "spread": max(abs(t / middle - 1) for t in times),
-            "tokens_per_second": rows[name]["output_tokens"] / middle,
-        }
-    return [rows[name] for name, _, _ in rungs]
+        row, middle = rows[name], median(times)
+        assert row.output_tokens is not None
+        row.seconds, row.spread = middle, max(abs(t / middle - 1) for t in times)
+        row.tokens_per_second = row.output_tokens / middle
+    return [rows[rung.name] for rung in rungs]
 
 
-def _rung(model: Any, num_blocks: int, options: dict[str, Any]) -> Engine:
-    return Engine(model, num_blocks=num_blocks, **{"max_batched_tokens": 512, **options})
+def _rungs(
+    model: "PreTrainedModel", quantized: "PreTrainedModel | None", shipped: "PreTrainedModel | None", reserved: int
+) -> list[_Rung]:
+    """`reserved`: how many requests fit without paging."""
+    naive = {"attention_backend": "reference"}
+    unpaged = naive | {"prefix_caching": False, "max_num_seqs": reserved}
+    rungs = [
+        _Rung("static batches", model, unpaged | {"policy": "static"}),
+        _Rung("+ continuous batching", model, unpaged),
+        _Rung("+ paging, prefix cache", model, naive),
+    ]
+    if model.device.type == "cpu":
+        rungs.append(_Rung("+ flash attention", model, {"attention_backend": "sdpa"}))
+        if cpu.kernels() is not None:
+            rungs.append(_Rung("+ compiled steps", model, {}))
+    else:
+        rungs.append(_Rung("+ flash attention", model, {}))
+    if quantized is not None:
+        name = getattr(getattr(quantized.config, "quantization_config", None), "scheme", "quantized")
+        rungs.append(_Rung(f"+ {name} weights", quantized, {}))
+    if shipped is not None:
+        rungs.append(_Rung("weights as published (Q4_1)", shipped, {}))
+    last = model if quantized is None else quantized
+    return [*rungs, _Rung("+ prompt lookup", last, {"draft": "prompt_lookup"})]
+
+
+def _rung_row(name: str, engine: Engine, done: list[Completion]) -> ServingRow:
+    """What does not depend on the clock, and the median time to the first token."""
+    return ServingRow(
+        suite="ladder",
+        peer="optinfer",
+        rung=name,
+        requests=len(done),
+        ttft_p50=median(c.metrics.time_to_first_token or 0.0 for c in done),
+        steps=engine.stats.steps,
+        computed_tokens=engine.stats.computed_tokens,
+        preemptions=engine.stats.preemptions,
+        accepted_tokens=engine.stats.accepted_tokens,
+        output_tokens=sum(len(c.token_ids) for c in done),
+    )

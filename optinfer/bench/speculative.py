@@ -6,6 +6,7 @@ All modes take turns on every prompt, in rotating order, so that a busy moment o
 import contextlib
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,20 @@ import torch
 from tqdm.auto import tqdm
 
 from optinfer import data
+from optinfer.bench.rows import SpeculativeRow
 from optinfer.bench.serving import LlamaCpp, Peer, TraceRequest
 from optinfer.bench.worker import environment_of
 from optinfer.speculative import ChainDraft, Draft, PromptLookupDraft, Proposal, SelfDraft, speculative_decoding
 from optinfer.speculative.drafters import ModelDraft
+from optinfer.speculative.sampler import Sampler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = {"copy": "rewrite", "summarize": "summarize", "open": "chat", "code": "code"}
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: Any = "cpu") -> Any:
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: "torch.device | str" = "cpu") -> "BatchEncoding":
     """A chat prompt, ready for `generate`."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -65,7 +68,7 @@ def compare(
     modes: dict[str, dict[str, Any]],
     new_tokens: int = 64,
     others: Sequence[Peer] = (),
-) -> list[dict[str, Any]]:
+) -> list[SpeculativeRow]:
     """Time greedy generation in every mode on every prompt, taking turns.
 
     Args:
@@ -101,12 +104,13 @@ def compare(
             (done,) = peer.serve([TraceRequest(inputs.input_ids[0].tolist(), taken["plain"][-1][1])])
             taken.setdefault(peer.name, []).append((time.perf_counter() - start, done.num_tokens))
     rows = [_row(name, taken, texts, rounds[name]) for name in names]
-    return rows + [{**_row(peer.name, taken, texts, []), "peer": peer.name, "mode": "plain"} for peer in others]
+    rows += [replace(_row(peer.name, taken, texts, []), peer=peer.name, mode="plain") for peer in others]
+    return [replace(row, dtype=str(model.dtype)) for row in rows]
 
 
 def _row(
     name: str, taken: dict[str, list[tuple[float, int]]], texts: dict[str, Any], rounds: list[Any]
-) -> dict[str, Any]:
+) -> SpeculativeRow:
     from optinfer.speculative import Statistics
 
     def per_token(mode: str) -> list[float]:
@@ -117,27 +121,28 @@ def _row(
 
     gains = [plain / own for plain, own in zip(per_token("plain"), per_token(name), strict=True)]
     same = [torch.equal(a, b) for a, b in zip(texts["plain"], texts.get(name, []))]  # others tell no tokens
-    row: dict[str, Any] = {
-        "peer": "optinfer" if rounds else "transformers",
-        "mode": name,
-        "prompts": len(gains),
-        "seconds": median(s for s, _ in taken[name]),
-        "seconds_per_token": overall(name),
-        "speedup": overall("plain") / overall(name),
-        "slowest": min(gains),
-        "fastest": max(gains),
-        "equal": sum(same) / len(same) if same else None,
-        "samples": [round(s, 4) for s, _ in taken[name]],
-    }
+    row = SpeculativeRow(
+        what="generate",
+        peer="optinfer" if rounds else "transformers",
+        mode=name,
+        prompts=len(gains),
+        seconds=median(s for s, _ in taken[name]),
+        seconds_per_token=overall(name),
+        speedup=overall("plain") / overall(name),
+        slowest=min(gains),
+        fastest=max(gains),
+        equal=sum(same) / len(same) if same else None,
+        samples=[round(s, 4) for s, _ in taken[name]],
+    )
     if rounds:
         statistics = Statistics(rounds)
-        row["tokens_per_pass"] = statistics.tokens_per_pass
-        row["alpha"] = statistics.alpha
-        row["acceptance"] = [round(a, 4) for a in statistics.acceptance()[:8]]
+        row.tokens_per_pass = statistics.tokens_per_pass
+        row.alpha = statistics.alpha
+        row.acceptance = [round(a, 4) for a in statistics.acceptance()[:8]]
     return row
 
 
-def ours(draft: Any, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -> dict[str, Any]:
+def ours(draft: Draft, num_draft_tokens: int = 10, adaptive_drafts: bool = True) -> dict[str, Any]:
     """Arguments of `generate` for our decoder."""
     return {
         "custom_generate": speculative_decoding,
@@ -172,7 +177,7 @@ def default_modes(model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
     return modes
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[SpeculativeRow]:
     """Every mode on copying, summarizing, open questions and code, and the verify curve in bf16 and fp32.
 
     llama.cpp takes part where `OPTINFER_LLAMA_CPP_PYTHON` names the python of its environment.
@@ -181,7 +186,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
     torch.manual_seed(0)
     model, tokenizer = load_model()
-    rows = []
+    rows: list[SpeculativeRow] = []
     modes = default_modes(model)
     with contextlib.ExitStack() as stack:
         others: list[Peer] = []
@@ -191,15 +196,18 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         compare(model, tokenizer, warm_up, {"plain": modes["plain"]}, new_tokens=8, others=others)
         for kind, source in KINDS.items():
             prompts = data.prompts(source)[: 2 if quick else None]
-            for row in compare(model, tokenizer, prompts, modes, 32 if quick else 96, others):
-                rows.append({"what": "generate", "prompts_of": kind, "dtype": str(model.dtype), **row})
+            found = compare(model, tokenizer, prompts, modes, 32 if quick else 96, others)
+            rows += [replace(row, prompts_of=kind) for row in found]
     for dtype in (model.dtype, torch.float32):
         other = model if dtype == model.dtype else load_model(dtype=dtype)[0]
-        for width, seconds in verify_curve(other, repeats=3 if quick else 9).items():
-            rows.append(
-                {"what": "verify", "peer": "transformers", "dtype": str(dtype), "tokens": width, "seconds": seconds}
-            )
+        rows += verify_rows(other, verify_curve(other, repeats=3 if quick else 9))
     return rows
+
+
+def verify_rows(model: "PreTrainedModel", curve: dict[int, float]) -> list[SpeculativeRow]:
+    """A `verify_curve` of the model as rows."""
+    names = SpeculativeRow(what="verify", peer="transformers", dtype=str(model.dtype))
+    return [replace(names, tokens=width, seconds=seconds) for width, seconds in curve.items()]
 
 
 class OracleDraft(Draft):
@@ -215,7 +223,7 @@ class OracleDraft(Draft):
         self.answer, self.accuracy, self.seconds_per_token = answer, accuracy, seconds_per_token
         self._generator = torch.Generator().manual_seed(seed)
 
-    def propose(self, input_ids: torch.Tensor, num_tokens: int, sampler: Any) -> Proposal:
+    def propose(self, input_ids: torch.Tensor, num_tokens: int, sampler: Sampler) -> Proposal:
         start = input_ids.shape[1]
         tokens = self.answer[0, start : start + num_tokens].clone()
         wrong = torch.rand(len(tokens), generator=self._generator, device="cpu").to(tokens.device) >= self.accuracy
@@ -226,12 +234,12 @@ class OracleDraft(Draft):
 
 def trade_off(
     model: "PreTrainedModel",
-    inputs: Any,
+    inputs: "BatchEncoding",
     accuracies: Iterable[float] = (0.0, 0.5, 0.8, 1.0),
     lengths: Iterable[int] = (1, 3, 5, 10),
     cost: float = 0.1,
     new_tokens: int = 32,
-) -> list[dict[str, Any]]:
+) -> list[SpeculativeRow]:
     """Measured speed-up of drafts of known quality, each timed next to a plain run; ``cost`` as in the theory.
 
     ``alpha`` in a row is the acceptance that was reached: in 16 bits a wide pass rounds differently from a narrow one,
@@ -241,7 +249,7 @@ def trade_off(
     limit = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     answer = model.generate(**inputs, **limit)
     one_pass = verify_curve(model, [1], context=inputs.input_ids.shape[1], repeats=5)[1]
-    rows = []
+    names, rows = SpeculativeRow(what="trade-off", peer="optinfer", dtype=str(model.dtype)), []
     for accuracy in accuracies:
         for gamma in lengths:
             seconds, alpha = {}, 0.0
@@ -256,7 +264,7 @@ def trade_off(
                 spent = s.seconds["draft"] + s.seconds["verify"] + s.seconds["overhead"]
                 seconds[name], alpha = spent / max(1, later), s.alpha
             gain = seconds["plain"] / seconds["drafted"]
-            rows.append({"accuracy": accuracy, "gamma": gamma, "alpha": alpha, "speedup": gain})
+            rows.append(replace(names, accuracy=accuracy, gamma=gamma, alpha=alpha, speedup=gain))
     return rows
 
 

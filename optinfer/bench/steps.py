@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from optinfer.bench.rows import QuantizationRow
 from optinfer.bench.serving import LlamaCpp, Served, TraceRequest, run_engine, served
 from optinfer.bench.worker import environment_of
 from optinfer.quantization import quantize
@@ -23,7 +24,9 @@ BATCHES = (1, 8, 16, 64)
 PROMPT, NEW_TOKENS = 16, 40
 
 
-def beside_llama_cpp(model: PreTrainedModel, batches: Sequence[int] = BATCHES, rounds: int = 5) -> list[dict[str, Any]]:
+def beside_llama_cpp(
+    model: PreTrainedModel, batches: Sequence[int] = BATCHES, rounds: int = 5
+) -> list[QuantizationRow]:
     """Seconds of one step per format, batch size and peer: medians, all peers of a batch taking turns.
 
     llama.cpp takes part where `OPTINFER_LLAMA_CPP_PYTHON` names the python of its environment.
@@ -62,14 +65,8 @@ def _in_turns(peers: dict[str, Callable], trace: list[TraceRequest], rounds: int
     return seconds
 
 
-def row(variant: str, peer: str, what: str, samples: list[float]) -> dict[str, Any]:
-    """A row of the suite `quantization`."""
-    seconds = statistics.median(samples)
-    return {
-        "variant": variant,
-        "peer": peer,
-        "what": what,
-        "seconds": seconds,
-        "fastest": min(samples),
-        "samples": samples,
-    }
+def row(variant: str, peer: str, what: str, samples: list[float]) -> QuantizationRow:
+    """A row of the suite `quantization`, from the seconds of each run."""
+    row = QuantizationRow(variant=variant, peer=peer, what=what, samples=samples)
+    row.seconds, row.fastest = statistics.median(samples), min(samples)
+    return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from optinfer import noise
 ROTATED_BYTES = 256 << 20  # more than any last-level cache: what is read again has been evicted meanwhile
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """One run: by the GPU's own events, or by the clock on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -28,7 +27,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def in_turns(
-    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 2
+    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Samples in seconds per peer. Peers take turns, so that whatever disturbs the machine disturbs all alike.
 
@@ -50,7 +49,7 @@ def copies_past_the_cache(nbytes: int) -> int:
     return max(1, -(-ROTATED_BYTES // nbytes))
 
 
-def one_after_another(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], None]:
+def one_after_another(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
     """All calls as one: on a GPU recorded in a CUDA graph, which replays them without a launch from Python each."""
 
     def run() -> None:

@@ -10,8 +10,11 @@ prints both managers' rows. vLLM's manager has no fork: parallel samples are req
 import json
 import sys
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Any
+
+from optinfer.bench.rows import KVCacheRow
 
 BLOCK_SIZE = 16
 
@@ -97,7 +100,7 @@ OPERATIONS = {
 }
 
 
-def rows(sizes: list[int], repeats: int = 200) -> list[dict[str, Any]]:
+def rows(sizes: list[int], repeats: int = 200) -> list[KVCacheRow]:
     """Median seconds of each operation at each pool size; sizes take turns."""
     import vllm
 
@@ -109,8 +112,8 @@ def rows(sizes: list[int], repeats: int = 200) -> list[dict[str, Any]]:
             for size, pool in pools.items():
                 times[size].append(operation(pool, i))
         for size in sizes:
-            row = {"kind": "operation", "operation": name, "peer": f"vLLM {vllm.__version__}", "num_blocks": size}
-            found.append({**row, "seconds": median(times[size])})
+            what = KVCacheRow(kind="operation", operation=name, peer=f"vLLM {vllm.__version__}", num_blocks=size)
+            found.append(replace(what, seconds=median(times[size])))
     return found
 
 
@@ -119,4 +122,4 @@ if __name__ == "__main__":
 
     chosen = [int(size) for size in sys.argv[1:]] or [1_000, 10_000]
     for row in operation_costs(chosen) + rows(chosen):
-        print(json.dumps(row))
+        print(json.dumps(row.as_dict()))

@@ -35,7 +35,7 @@ class Worker:
         )
         self.version = self._answer()["version"]
 
-    def ask(self, question: Any) -> dict[str, Any]:
+    def ask(self, question: object) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()

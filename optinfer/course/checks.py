@@ -90,7 +90,7 @@ class _Outcome:
     line: str = ""
 
 
-def evaluate(exercise: Exercise, answer: Any, seed: int = 0) -> Result:
+def evaluate(exercise: Exercise, answer: object, seed: int = 0) -> Result:
     """Run an answer on all inputs of an exercise; raises nothing but KeyboardInterrupt."""
     if not callable(answer) and not hasattr(answer, "fn"):
         return _refused(
@@ -480,7 +480,7 @@ def _parameters(exercise: Exercise, c: Case) -> list[str]:
     return names[: len(c.args)] + [f"argument {i + 1}" for i in range(len(names), len(c.args))]
 
 
-def check(exercise_id: str, answer: Any, seed: int = 0) -> Result:
+def check(exercise_id: str, answer: object, seed: int = 0) -> Result:
     """Check your answer to an exercise. Never raises in a notebook: the result says what to look at.
 
     Args:

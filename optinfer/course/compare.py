@@ -18,7 +18,7 @@ class Difference:
 
 
 def difference(
-    expected: Any, got: Any, rtol: float, atol: float, where: str = "the result", dtypes: bool = True
+    expected: object, got: object, rtol: float, atol: float, where: str = "the result", dtypes: bool = True
 ) -> Difference | None:
     """The first difference in form (type, length, shape, dtype), or else in value, or None.
 

@@ -12,14 +12,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from optinfer.card import Table
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 _CHECK = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
 _MARK = "optinfer-grade:"
@@ -115,8 +118,7 @@ def grade(
         ValueError: `assignment` is no notebook with exercises.
     """
     wanted = _exercises_wanted(assignment) if assignment is not None else []
-    start = time.perf_counter()
-    result = Grade(str(path))
+    start, result = time.perf_counter(), Grade(str(path))
     try:
         import nbformat
 
@@ -130,10 +132,11 @@ def grade(
         result.problems.append('no exercise in it: no cell calls check("…", …)')
         return result
     with tempfile.TemporaryDirectory() as empty:
+        limits = _Limits(cell_timeout, start + timeout, memory, str(folder or empty))
         skipped: set[int] = set()
         asked = list(ids)
         for _ in range(_RESTARTS):
-            fatal = _run(notebook, asked, skipped, result, cell_timeout, start + timeout, memory, str(folder or empty))
+            fatal = _run(notebook, asked, skipped, result, limits)
             if fatal is None:
                 break
             if isinstance(fatal, str):
@@ -157,7 +160,7 @@ def _exercises_wanted(assignment: str | Path) -> list[str]:
     return ids
 
 
-def exercises_of(notebook: Any) -> list[str]:
+def exercises_of(notebook: "NotebookNode") -> list[str]:
     """Ids of a notebook's exercises: those it was made with, then those that its cells check."""
     made_with = notebook.metadata.get("optinfer", {})
     ids = list(made_with.get("exercises", [])) if isinstance(made_with, dict) else []
@@ -168,69 +171,97 @@ def exercises_of(notebook: Any) -> list[str]:
     return list(dict.fromkeys(str(id) for id in ids))
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Seconds of a cell, the moment when all cells must be done, gigabytes, and the folder that the kernel works in."""
+
+    cell_timeout: float
+    deadline: float
+    memory: float
+    folder: str
+
+
 def _run(
-    notebook: Any,
-    ids: list[str],
-    skipped: set[int],
-    result: Grade,
-    cell_timeout: float,
-    deadline: float,
-    memory: float,
-    folder: str,
+    notebook: "NotebookNode", ids: list[str], skipped: set[int], result: Grade, limits: _Limits
 ) -> int | str | None:
     """Run the cells, then ask for the scores. Returns the cell, or the exercise, that killed the kernel, or None."""
     import copy
 
-    import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook, cells = copy.deepcopy(notebook), len(notebook.cells)
     client = NotebookClient(
-        notebook,
-        timeout=cell_timeout,
+        copy.deepcopy(notebook),
+        timeout=limits.cell_timeout,
         interrupt_on_timeout=True,
         allow_errors=True,
         kernel_name="python3",
         startup_timeout=120,
     )
-    client.resources["metadata"] = {"path": folder}
+    client.resources["metadata"] = {"path": limits.folder}
     # A grade is no progress of the person who grades, and nbgrader's way of failing is not wanted here.
-    environment = {**_environment(), "OPTINFER_PROGRESS": str(Path(folder) / "progress.json"), "MPLBACKEND": "agg"}
-    index, result.scores = -1, []
-    with client.setup_kernel(env=environment, stderr=subprocess.DEVNULL), _memory_limit(client, memory) as exceeded:
+    progress = str(Path(limits.folder) / "progress.json")
+    environment = {**_environment(), "OPTINFER_PROGRESS": progress, "MPLBACKEND": "agg"}
+    result.scores = []
+    with (
+        client.setup_kernel(env=environment, stderr=subprocess.DEVNULL),
+        _memory_limit(client, limits.memory) as exceeded,
+    ):
+
+        def killed() -> str:
+            return f"used more than {limits.memory:g} GB" if exceeded else "killed the kernel"
+
+        fatal = _run_cells(client, skipped, result, limits, killed)
+        return _ask_for_scores(client, ids, result, killed) if fatal is None else fatal
+
+
+def _run_cells(client: Any, skipped: set[int], result: Grade, limits: _Limits, killed: Callable[[], str]) -> int | None:
+    """The cell after which the kernel is of no more use, or None."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    for index, cell in enumerate(client.nb.cells):
+        if cell.cell_type != "code" or index in skipped:
+            continue
+        left = limits.deadline - time.perf_counter()
+        if left <= 0:
+            result.problems.append(f"cell {index + 1} and those after it were not run: out of time")
+            break
+        client.timeout = max(1, int(min(limits.cell_timeout, left)))
+        started = time.perf_counter()
         try:
-            for index, cell in enumerate(notebook.cells):
-                if cell.cell_type != "code" or index in skipped:
-                    continue
-                left = deadline - time.perf_counter()
-                if left <= 0:
-                    result.problems.append(f"cell {index + 1} and those after it were not run: out of time")
-                    break
-                client.timeout = max(1, int(min(cell_timeout, left)))
-                started = time.perf_counter()
-                client.execute_cell(cell, index)
-                if time.perf_counter() - started >= client.timeout:
-                    result.problems.append(f"cell {index + 1} was interrupted after {client.timeout:.0f} seconds")
-                problem = next((o for o in cell.outputs if o.output_type == "error"), None)
-                if problem is not None and problem.ename != "KeyboardInterrupt":
-                    result.problems.append(f"cell {index + 1} raised {problem.ename}: {_first_line(problem.evalue)}")
-            client.timeout = _SECONDS_FOR_A_CHECK
-            for code in (_ASK.format(mark=_MARK), *(f"_optinfer_grade({id!r})" for id in ids)):
-                notebook.cells.append(nbformat.v4.new_code_cell(code))
-                index = len(notebook.cells) - 1
-                client.execute_cell(notebook.cells[-1], index)
-                result.scores += _read_scores(notebook.cells[-1])
+            client.execute_cell(cell, index)
         except DeadKernelError:
-            why = f"used more than {memory:g} GB" if exceeded else "killed the kernel"
-            if index >= cells:
-                result.problems.append(f"the check of {ids[index - cells - 1]} {why}")
-                return ids[index - cells - 1]
-            result.problems.append(f"cell {index + 1} {why}")
+            result.problems.append(f"cell {index + 1} {killed()}")
             return index
         except (CellTimeoutError, CellExecutionError) as error:
             result.problems.append(f"cell {index + 1}: {_first_line(error)}")
-            return index if index < cells else None
+            return index
+        if time.perf_counter() - started >= client.timeout:
+            result.problems.append(f"cell {index + 1} was interrupted after {client.timeout:.0f} seconds")
+        problem = next((o for o in cell.outputs if o.output_type == "error"), None)
+        if problem is not None and problem.ename != "KeyboardInterrupt":
+            result.problems.append(f"cell {index + 1} raised {problem.ename}: {_first_line(problem.evalue)}")
+    return None
+
+
+def _ask_for_scores(client: Any, ids: list[str], result: Grade, killed: Callable[[], str]) -> str | None:
+    """Check each exercise in the kernel. Returns the one whose check killed it, or None."""
+    import nbformat
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    client.timeout = _SECONDS_FOR_A_CHECK
+    for i, id in enumerate(ids):
+        code = f"_optinfer_grade({id!r})"
+        cell = nbformat.v4.new_code_cell(code if i else f"{_ASK.format(mark=_MARK)}\n{code}")
+        client.nb.cells.append(cell)
+        try:
+            client.execute_cell(cell, len(client.nb.cells) - 1)
+        except DeadKernelError:
+            result.problems.append(f"the check of {id} {killed()}")
+            return id
+        except (CellTimeoutError, CellExecutionError) as error:
+            result.problems.append(f"the check of {id}: {_first_line(error)}")
+            return None
+        result.scores += _read_scores(cell)
     return None
 
 

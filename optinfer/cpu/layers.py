@@ -7,6 +7,7 @@ multiply 32: for few tokens faster than float32 weights, for many as fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class _Remembered:
         return _Remembered, ()
 
 
-def remembered(layer: nn.Module, *tensors: Tensor | None, make: Any) -> CpuWeight | None:
+def remembered(layer: nn.Module, *tensors: Tensor | None, make: Callable[..., CpuWeight | None]) -> CpuWeight | None:
     """``make(*tensors)``, made anew when a tensor has moved since the last call."""
     source = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
     memory: _Remembered | None = layer.__dict__.get("_remembered")

@@ -13,12 +13,13 @@ Counted is what a layer holds while the newest token is computed. Pure Python: i
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+DtypeName = Literal["float32", "float16", "bfloat16", "int8"]
+BYTES: dict[DtypeName, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4  # int8 keeps one fp32 scale per token and head, for keys and for values
 
 
@@ -51,12 +52,12 @@ class LayerCache:
     def numbers_per_token(self) -> int:
         return self.heads * (self.key_dim + self.value_dim)
 
-    def bytes_per_token(self, dtype: str = "bfloat16") -> int:
+    def bytes_per_token(self, dtype: DtypeName = "bfloat16") -> int:
         """Bytes of each token that is kept; `dtype` is a key of `BYTES`."""
         scales = 2 * self.heads * SCALE_BYTES if dtype == "int8" else 0
         return self.numbers_per_token * BYTES[dtype] + scales
 
-    def nbytes(self, length: int, dtype: str = "bfloat16") -> int:
+    def nbytes(self, length: int, dtype: DtypeName = "bfloat16") -> int:
         """Bytes for a sequence of `length` tokens. Only keys and values become int8; a state stays in 16 bits then."""
         state = self.state * max(BYTES[dtype], 2) + self.state_fp32 * 4
         return self.tokens(length) * self.bytes_per_token(dtype) + state

@@ -4,10 +4,13 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from optinfer.kv_cache.block_manager import _positive
-from optinfer.kv_cache.layers import BYTES, cache_layers
+from optinfer.kv_cache.layers import BYTES, DtypeName, cache_layers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
+
+    Dtype = torch.dtype | DtypeName
 
 
 def kv_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
@@ -28,7 +31,7 @@ def kv_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
     return len(layers), heads, key_dim
 
 
-def kv_bytes(config: "PreTrainedConfig", tokens: int = 1, dtype: Any = "bfloat16") -> dict[str, int]:
+def kv_bytes(config: "PreTrainedConfig", tokens: int = 1, dtype: "Dtype" = "bfloat16") -> dict[str, int]:
     """Bytes that one sequence of `tokens` tokens keeps, by kind of layer (see `optinfer.kv_cache.layers`).
 
     Args:
@@ -51,7 +54,7 @@ def kv_bytes(config: "PreTrainedConfig", tokens: int = 1, dtype: Any = "bfloat16
     return found
 
 
-def kv_bytes_per_token(config: "PreTrainedConfig", dtype: Any = "bfloat16", length: int = 0) -> int:
+def kv_bytes_per_token(config: "PreTrainedConfig", dtype: "Dtype" = "bfloat16", length: int = 0) -> int:
     """Bytes that the next token of a sequence adds in all layers.
 
     For keys and values: 2 x layers x KV heads x head_dim x bytes. A layer whose window is full adds nothing, nor does a
@@ -66,7 +69,9 @@ def kv_bytes_per_token(config: "PreTrainedConfig", dtype: Any = "bfloat16", leng
     return sum(layer.bytes_per_token(name) for layer in growing)
 
 
-def num_blocks_for(memory_bytes: int, config: "PreTrainedConfig", dtype: Any = "bfloat16", block_size: int = 16) -> int:
+def num_blocks_for(
+    memory_bytes: int, config: "PreTrainedConfig", dtype: "Dtype" = "bfloat16", block_size: int = 16
+) -> int:
     """Whole blocks that fit in `memory_bytes`."""
     if memory_bytes < 0:
         raise ValueError(f"memory_bytes must not be negative, got {memory_bytes}")
@@ -74,15 +79,15 @@ def num_blocks_for(memory_bytes: int, config: "PreTrainedConfig", dtype: Any = "
 
 
 def num_sequences_that_fit(
-    memory_bytes: int, config: "PreTrainedConfig", tokens: int, dtype: Any = "bfloat16", block_size: int = 16
+    memory_bytes: int, config: "PreTrainedConfig", tokens: int, dtype: "Dtype" = "bfloat16", block_size: int = 16
 ) -> int:
     """Requests of `tokens` tokens each that fit in `memory_bytes` at the same time, sharing nothing."""
     blocks_each = ceil(_positive("tokens", tokens) / _positive("block_size", block_size))
     return num_blocks_for(memory_bytes, config, dtype, block_size) // blocks_each
 
 
-def _dtype(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
+def _dtype(dtype: "Dtype") -> DtypeName:
+    name: Any = str(dtype).removeprefix("torch.")
     if name not in BYTES:
         raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
     return name

@@ -11,7 +11,7 @@ of pages, so every step gathers the pages of each sequence into one contiguous t
 from collections import Counter
 from itertools import count
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from optinfer.kv_cache.block_manager import BlockManager, OutOfBlocks
 from optinfer.kv_cache.pool import KVPool
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class PagedLayer(CacheLayerMixin):
@@ -77,7 +77,7 @@ class PagedCache(Cache):
 
     def __init__(
         self,
-        config: Any,
+        config: "PreTrainedConfig",
         num_blocks: int,
         block_size: int = 16,
         dtype: torch.dtype = torch.bfloat16,

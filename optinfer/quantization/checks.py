@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from optinfer.quantization.schemes import Scheme
 
 __all__ = ["CheckpointError", "check_choice", "check_finite", "check_weight"]
 
@@ -46,7 +49,7 @@ def check_choice(value: object, allowed: tuple, name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
-def refuse_options(scheme: Any, options: dict[str, Any], *taken: str) -> None:
+def refuse_options(scheme: Scheme, options: dict[str, Any], *taken: str) -> None:
     """Raise ValueError for an option of `quantize` that the scheme's format does not take."""
     if options["double_quant"] and "double_quant" not in taken:
         raise ValueError(f"double_quant goes with nf4 and fp4, not with scheme={scheme.name!r}")

@@ -76,7 +76,9 @@ class QuantizedExperts(Matrices):
             self.register_parameter(parameter_name(name), nn.Parameter(empty, requires_grad=False))
 
     @classmethod
-    def like(cls, stack: Tensor, scheme: Scheme, transposed: bool, device: Any = None) -> QuantizedExperts:
+    def like(
+        cls, stack: Tensor, scheme: Scheme, transposed: bool, device: torch.device | str | None = None
+    ) -> QuantizedExperts:
         """An empty one for a stack of weights."""
         experts, rows, columns = stack.shape
         if transposed:

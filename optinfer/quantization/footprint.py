@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from optinfer.quantization.experts import QuantizedExperts, transposed
+from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import select_layers
 from optinfer.quantization.linear import QuantizedLinear, matrix_of
 from optinfer.quantization.schemes import Scheme, resolve_scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
 
 
 def memory_footprint(
-    config_or_model: Any,
+    config_or_model: PreTrainedConfig | nn.Module,
     scheme: str | Scheme | None = None,
     *,
     dtype: torch.dtype | None = None,
-    group_size: int | str | None = None,
+    group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,
     skip: str | Iterable[str] = (),
@@ -44,7 +48,7 @@ def memory_footprint(
         scheme = resolve_scheme(scheme, group_size, double_quant, symmetric)
     model = config_or_model
     if not isinstance(model, nn.Module):
-        model = empty_model(config_or_model, dtype or torch.bfloat16)
+        model = empty_model(model, dtype or torch.bfloat16)
     if scheme is not None and any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in model.modules()):
         raise ValueError("the model is quantized already: pass scheme=None, or the original model")
 
@@ -74,7 +78,7 @@ def allocated_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The causal language model of a configuration, without memory for its weights (meta device)."""
     from transformers import AutoModelForCausalLM
 

@@ -28,6 +28,7 @@ from optinfer.quantization.experts import (
     quantize_experts,
     transposed,
 )
+from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import recorded, replace_module, restore, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
 from optinfer.quantization.schemes import Scheme, resolve_scheme
@@ -56,13 +57,13 @@ class OptinferConfig(QuantizationConfigMixin):
         self,
         scheme: str = "nf4",
         double_quant: bool = False,
-        group_size: int | str | None = None,
+        group_size: GroupSize = None,
         symmetric: bool = True,
         threshold: float = 6.0,
         modules_to_not_convert: list[str] | None = None,
         act_order: bool = False,
         quant_method: str = METHOD,
-        block_size: int | str | None = None,
+        block_size: GroupSize = None,
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
@@ -270,9 +271,9 @@ def _is_sealed(files: Iterable[str]) -> bool:
     return False
 
 
-def save_under_own_names(model: Any) -> None:
+def save_under_own_names(model: PreTrainedModel) -> None:
     """Keep `save_pretrained` from turning the model's names and tensors back into those of its original files."""
-    model._weight_conversions = []
+    model._weight_conversions = []  # type: ignore[assignment]
 
 
 def _check_complete(model: PreTrainedModel, files: Iterable[str]) -> None:

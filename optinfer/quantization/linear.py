@@ -66,9 +66,9 @@ class QuantizedLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: Any, scheme: Scheme) -> QuantizedLinear:
+    def from_linear(cls, linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
         """Quantize a linear layer (or GPT-2's `Conv1D`)."""
-        return cls.from_quantized(scheme.quantize(matrix_of(linear)), linear.bias, scheme.threshold)
+        return cls.from_quantized(scheme.quantize(matrix_of(linear)), bias_of(linear), scheme.threshold)
 
     # ---- the stored tensors
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -133,6 +133,11 @@ def matrix_of(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in]: GPT-2's `Conv1D` stores it the other way round."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a linear layer, or None."""
+    return layer.bias  # type: ignore[return-value]
 
 
 def apply_keeping_dtypes(module: nn.Module, apply: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

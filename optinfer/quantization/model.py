@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.experts import quantize_experts
+from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.schemes import Scheme, resolve_scheme
 
 __all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def quantize(
-    model: nn.Module,
+    model: Model,
     scheme: str = "nf4",
     *,
-    group_size: int | str | None = None,
+    group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,
     skip: str | Iterable[str] = (),
     progress: bool = True,
-) -> nn.Module:
+) -> Model:
     """Replace the weights of a model's linear layers and experts by quantized ones, one layer at a time, in place.
 
     Embeddings, norms, heads, and layers that cannot be replaced unnoticed keep their dtype (see `select_layers`);
@@ -61,19 +64,8 @@ def quantize(
     layers, stacks = selection.layers, selection.stacks
     if not layers and not stacks:
         raise ValueError(f"{type(model).__name__} has no linear layers to quantize; {_why_none(model, selection)}")
-    for name, layer in layers.items():
-        check_present(name, layer)
-        check_weight(layer.weight, f"{name}.weight")
-    for name, stack in stacks.items():
-        check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
-        check_weight(stack, name, ndim=3)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    weights = [*(layer.weight for layer in layers.values()), *stacks.values()]
-    what = (
-        f"{len(layers)} linear layers{_experts(stacks)}, {sum(w.numel() for w in weights) / total:.0%} of the weights"
-    )
-    del weights
-
+    _check_weights(model, selection)
+    what = _what(model, selection)
     for name in tqdm([*layers, *stacks], desc=f"quantize to {scheme}", leave=False, disable=not progress):
         if name in stacks:
             del stacks[name]
@@ -85,6 +77,23 @@ def quantize(
     if progress:
         print(f"{scheme}: {what}{_left(selection)}")
     return model
+
+
+def _check_weights(model: nn.Module, selection: Selection) -> None:
+    for name, layer in selection.layers.items():
+        check_present(name, layer)
+        check_weight(layer.weight, f"{name}.weight")
+    for name, stack in selection.stacks.items():
+        check_present(name, model.get_submodule(name.rpartition(".")[0]), stack)
+        check_weight(stack, name, ndim=3)
+
+
+def _what(model: nn.Module, selection: Selection) -> str:
+    """What is quantized, in a few words."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    weights = [*(layer.weight for layer in selection.layers.values()), *selection.stacks.values()]
+    share = sum(weight.numel() for weight in weights) / total
+    return f"{len(selection.layers)} linear layers{_experts(selection.stacks)}, {share:.0%} of the weights"
 
 
 def check_present(name: str, layer: nn.Module, weight: Tensor | None = None) -> None:
@@ -131,7 +140,7 @@ def refuse_quantized(model: nn.Module) -> None:
             raise ValueError(f"the model is quantized already: {name} is {type(module).__qualname__} of bitsandbytes")
 
 
-def mark_quantized(model: Any, scheme: Scheme) -> None:
+def mark_quantized(model: nn.Module, scheme: Scheme) -> None:
     """Tell transformers, so that `save_pretrained` and `from_pretrained` make a round trip.
 
     What was left is read off the model itself, so that the configuration says what was done.
@@ -140,12 +149,12 @@ def mark_quantized(model: Any, scheme: Scheme) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    model = cast(Any, model)
     from optinfer.quantization.hf import OptinferConfig, OptinferQuantizer, save_under_own_names
 
     config = OptinferConfig.from_scheme(scheme, unquantized_weights(model))
-    model.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
-    model.is_quantized = True
+    marked: Any = model  # torch takes a module's attributes for tensors
+    marked.hf_quantizer = OptinferQuantizer(config, pre_quantized=True)
+    marked.config.quantization_config = config
+    marked.is_quantized = True
     save_under_own_names(model)
-    model.quantization_method = config.quant_method
+    marked.quantization_method = config.quant_method

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Agreement", "Perplexity", "kl_divergence", "perplexity"]
 
@@ -64,8 +67,8 @@ class Agreement:
 
 @torch.no_grad()
 def perplexity(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
     window: int = 256,
@@ -94,9 +97,9 @@ def perplexity(
 
 @torch.no_grad()
 def kl_divergence(
-    reference: Any,
-    model: Any,
-    tokenizer: Any,
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
     window: int = 256,
@@ -124,7 +127,12 @@ def kl_divergence(
 
 
 def _windows(
-    model: Any, tokenizer: Any, text: str, window: int, max_tokens: int | None, progress: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    window: int,
+    max_tokens: int | None,
+    progress: bool,
 ) -> Iterator[Tensor]:
     if window < 2:
         raise ValueError(f"window must be 2 or more, got {window}")

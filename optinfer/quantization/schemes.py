@@ -16,7 +16,7 @@ from optinfer.quantization.formats.llm_int8 import Int8Rows
 from optinfer.quantization.formats.q4_1 import GROUP as Q4_1_GROUP
 from optinfer.quantization.formats.q4_1 import Q41Tensor
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, BlockFloats
-from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
+from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor, Stored
 from optinfer.quantization.number_formats import CODEBOOKS
 
 __all__ = ["SCHEMES", "Scheme", "resolve_scheme"]
@@ -104,7 +104,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def resolve_scheme(
     name: str,
-    group_size: int | str | None = None,
+    group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,
     threshold: float = 6.0,

@@ -1,6 +1,9 @@
 """Text from tokens as they come: never half a character, never a piece of a stop string."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Detokenizer:
@@ -11,7 +14,7 @@ class Detokenizer:
     contain one.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self._text = ""  # special tokens included
@@ -89,4 +92,4 @@ class Detokenizer:
         return 0
 
     def _to_text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""

@@ -6,10 +6,13 @@ next request that begins so finds them, and computes only what is left, at most 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from optinfer.serving.engine import Engine
 
 _HANDOVER = ("handover", 0)  # the id of the sequence that holds the blocks while they are copied
 
@@ -33,7 +36,7 @@ class Blocks:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def take_blocks(engine: Any, token_ids: list[int], salt: str = "") -> Blocks:
+def take_blocks(engine: "Engine", token_ids: list[int], salt: str = "") -> Blocks:
     """A copy of the blocks that an engine has of a prompt, from its beginning; none if it has none."""
     manager, pool = engine.manager, engine.runner.pool
     cached = manager.num_cached_tokens([*token_ids, 0], salt=salt)  # one more: a hit never covers the last token
@@ -48,7 +51,7 @@ def take_blocks(engine: Any, token_ids: list[int], salt: str = "") -> Blocks:
     return Blocks(list(token_ids[:cached]), tensors, salt)
 
 
-def give_blocks(engine: Any, blocks: Blocks) -> int:
+def give_blocks(engine: "Engine", blocks: Blocks) -> int:
     """Put blocks into an idle engine's pages as a cached prefix; returns how many tokens they hold.
 
     Raises:

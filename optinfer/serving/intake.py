@@ -4,9 +4,12 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer.serving.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _KEYS = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}  # of what tokenizers return
 _OURS = ("prompt_token_ids", "prompt")
@@ -24,7 +27,13 @@ class Intake:
     """
 
     def __init__(
-        self, tokenizer: Any, vocab_size: int, max_model_len: int, num_blocks: int, block_size: int, max_num_seqs: int
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        vocab_size: int,
+        max_model_len: int,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
     ):
         self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
         self.num_blocks, self.block_size, self.max_num_seqs = num_blocks, block_size, max_num_seqs

@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Kinds of rotary embedding whose angles depend on nothing but the position. The others ("dynamic", "longrope") change all
 # angles when a sequence grows, so the same token has different keys beside a longer neighbour.
 BY_POSITION = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 
-def depends_on_position_alone(rotary: Any) -> bool:
+def depends_on_position_alone(rotary: nn.Module) -> bool:
     """Whether a rotary module of transformers gives every position one angle for good."""
     return getattr(rotary, "rope_type", None) in BY_POSITION
 

@@ -1,13 +1,18 @@
 """The number-format inspector: one number in eleven formats, bit by bit, inside the block that it shares a scale with."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets
 
 from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
 from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from optinfer.quantization.formats.tensor import QuantizedTensor
 
 # Sixteen weights of a typical size, for readers without a model at hand.
 EXAMPLE = {
@@ -60,7 +65,7 @@ class NumberFormats(StaticWidget):
             self.formats = [*self.formats, {"name": name.upper(), "scale": scale, "block": form.block} | shared]
 
     @classmethod
-    def of_model(cls, model: Any, group_size: int = 64, count: int = 4) -> "NumberFormats":
+    def of_model(cls, model: "nn.Module", group_size: int = 64, count: int = 4) -> "NumberFormats":
         """An inspector of real weights: the first block of `count` linear layers spread over the model's depth."""
         from optinfer.quantization.layers import linear_layers
 
@@ -90,7 +95,7 @@ class NumberFormats(StaticWidget):
             lines.append(f"{name.upper():9} {int(q.codes()[0, self.index]):04b}  = {restored[self.index]:.6g}")
         return "\n".join(lines)
 
-    def in_blocks(self, scheme: str) -> "tuple[Any, list[float]]":
+    def in_blocks(self, scheme: str) -> "tuple[QuantizedTensor, list[float]]":
         """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
         import torch
 

@@ -1,11 +1,16 @@
 """Speculative decoding of a real text, pass by pass: drafted, accepted, rejected, and the target's own token."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets
 
 from optinfer.widgets.base import StaticWidget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from optinfer.speculative.statistics import Statistics
 
 
 class SpeculativeStepper(StaticWidget):
@@ -31,9 +36,9 @@ class SpeculativeStepper(StaticWidget):
     prompt = traitlets.Unicode("").tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
 
-    def __init__(self, statistics: Any, tokenizer: Any, prompt: str = "", **kwargs: Any):
+    def __init__(self, statistics: "Statistics", tokenizer: "PreTrainedTokenizerBase", prompt: str = "", **kwargs: Any):
         def words(ids: list[int]) -> list[str]:
-            return [tokenizer.decode([i]) for i in ids]
+            return [str(tokenizer.decode([i])) for i in ids]
 
         rounds = [
             {"drafter": r.drafter, "drafted": words(r.drafted), "accepted": r.accepted, "emitted": words(r.emitted)}

@@ -8,6 +8,7 @@ import pytest
 
 from optinfer import load_model, results
 from optinfer.bench import calibrated_quantization as bench
+from optinfer.bench.rows import CalibratedQuantizationRow
 
 FAKE = """#!{python}
 import json, shutil, sys
@@ -39,13 +40,14 @@ def test_a_stopped_ladder_goes_on_where_it_was(tmp_path, monkeypatch):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append((method, bits))
-        return {"perplexity": 1.0}
+        return CalibratedQuantizationRow(perplexity=1.0)
 
     monkeypatch.setattr(bench, "isolated", stand_in)
     arguments = ["--out", str(tmp_path), "--bits", "3", "--methods", "rtn", "gptq", "w8a8"]
     with pytest.raises(KeyboardInterrupt):
         bench.main(arguments)
-    monkeypatch.setattr(bench, "isolated", lambda f, *case: measured.append(case) or {"perplexity": 2.0})
+    second = CalibratedQuantizationRow(perplexity=2.0)
+    monkeypatch.setattr(bench, "isolated", lambda f, *case: measured.append(case) or second)
     bench.main(arguments)
     assert measured == [("none", 16), ("rtn", 3), ("gptq", 3), ("w8a8", 8)]
     (file,) = tmp_path.iterdir()
@@ -57,8 +59,8 @@ def test_a_stopped_ladder_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_the_peer_is_judged_by_the_weights_it_hands_over(peer):
     model, tokenizer = load_model()
     row = bench.measure_llm_compressor("gptq", 3)
-    assert row["seconds"] == 1.5 and row["cpu_seconds"] == 2.5
-    assert row["perplexity"] == pytest.approx(bench.quality(model, tokenizer)["perplexity"])
+    assert row.seconds == 1.5 and row.cpu_seconds == 2.5
+    assert row.perplexity == pytest.approx(bench.quality(model, tokenizer)["perplexity"])
 
 
 def test_a_peer_that_breaks_off_says_why(peer):
@@ -69,10 +71,10 @@ def test_a_peer_that_breaks_off_says_why(peer):
 def test_rows_hold_what_the_lesson_shows(monkeypatch):
     monkeypatch.setattr(bench, "EVALUATION_TOKENS", 300)
     row = bench.measure("rtn", 3)
-    assert json.loads(json.dumps(row)) == row
+    assert CalibratedQuantizationRow.read(json.loads(json.dumps(row.as_dict()))) == row
     assert (
-        row["peak_bytes"]
-        >= row["peak_bytes_after_load"]
+        row.peak_bytes
+        >= row.peak_bytes_after_load
         > sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in load_model()[0].parameters()}.values())
     )
-    assert row["tokens"] == 298 and len(row["windows"]) == 2 and row["cpu_seconds"] > 0
+    assert row.tokens == 298 and len(row.windows) == 2 and row.cpu_seconds > 0

@@ -232,7 +232,7 @@ def test_bad_input_changes_nothing(folder):
         (lambda: quantize(model, "nf4", symmetric=False), ValueError, "symmetric=False goes with"),
         (lambda: quantize(model, "nf4", skip=["no_such"]), ValueError, "no_such"),
         (lambda: quantize(nn.Sequential(nn.Embedding(3, 4), nn.ReLU())), ValueError, "no linear layers"),
-        (lambda: quantize("model"), TypeError, "str"),
+        (lambda: quantize("model"), TypeError, "str"),  # type: ignore[type-var]
         (lambda: quantize(nn.Sequential(nn.Linear(4, 4).double())), TypeError, "float64"),
         (lambda: quantize(empty_model(LlamaConfig(**CONFIG))), ValueError, "meta"),
     ):

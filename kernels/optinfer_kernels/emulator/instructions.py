@@ -21,7 +21,7 @@ from .ptx import Instruction
 if TYPE_CHECKING:
     from .machine import Machine
 
-Mask = Any  # True, or booleans [threads]: what NumPy takes for `where`
+Mask = np.ndarray | bool  # True, or booleans [threads]: what NumPy takes for `where`
 Action = Callable[[Mask], Any]
 
 

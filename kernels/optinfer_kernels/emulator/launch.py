@@ -98,7 +98,7 @@ class Gpu:
     runs: list[Run] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if not isinstance(kernel, JITFunction):
             raise RuntimeError("cannot emulate while TRITON_INTERPRET is set: unset it and start Python again")
         began = time.perf_counter()

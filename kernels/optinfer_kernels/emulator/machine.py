@@ -21,7 +21,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .checks import Findings, RaceCheck
 from .counters import Counters
 from .data_movement import AsyncCopies
 from .formats import REGISTERS, TYPES, UNSIGNED, size_of
-from .instructions import Action, Unsupported, compile_instruction, instruction
+from .instructions import Action, Mask, Unsupported, compile_instruction, instruction
 from .mbarriers import Mbarriers
 from .memory import SHARED_BASE, GlobalMemory, SharedMemory
 from .ptx import SCHEDULING, Address, Immediate, Instruction, Kernel, Not, Operand, Register, Special, Symbol
@@ -99,7 +99,7 @@ class Machine:
 
     # ---- operands, as arrays [threads] that stay the same for the whole run
 
-    def bits(self, operand: Operand, dtype: Any) -> np.ndarray:
+    def bits(self, operand: Operand, dtype: np.dtype | type) -> np.ndarray:
         """The operand as unsigned numbers: a register itself (so it can be written too), or a constant."""
         size = np.dtype(dtype).itemsize
         if operand is None:
@@ -155,14 +155,14 @@ class Machine:
 
     # ---- masks
 
-    def active(self, mask: Any) -> np.ndarray:
+    def active(self, mask: Mask) -> np.ndarray:
         """The threads of a mask."""
         return self.thread if mask is True else np.flatnonzero(mask)
 
-    def warps_of(self, mask: Any) -> np.ndarray:
+    def warps_of(self, mask: Mask) -> np.ndarray:
         return np.unique(self.active(mask) // 32)
 
-    def expect_whole_warps(self, mask: Any, i: Instruction) -> None:
+    def expect_whole_warps(self, mask: Mask, i: Instruction) -> None:
         if mask is not True and not np.isin(mask.reshape(-1, 32).sum(1), (0, 32)).all():
             self.findings.add("divergent warp at an aligned instruction", i)
 
@@ -325,7 +325,7 @@ CONTROL = {
 
 @instruction("bar.warp.sync", operands=1)
 def warp_barrier(m: Machine, i: Instruction) -> Action:
-    def run(mask: Any) -> None:
+    def run(mask: Mask) -> None:
         if m.races:
             m.races.tick(m.warps_of(mask))
 

@@ -2,9 +2,9 @@
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+import torch
 
 from .checks import Findings
 from .formats import UNSIGNED
@@ -18,7 +18,7 @@ GARBAGE = 0xA5  # what shared memory holds before anybody writes
 class Region:
     """The bytes from a tensor's first element to its last: what a kernel may touch. Its storage may be larger."""
 
-    def __init__(self, name: str, low: int, nbytes: int, owner: Any):
+    def __init__(self, name: str, low: int, nbytes: int, owner: object):
         self.name, self.low, self.high = name, low, low + nbytes
         self.owner = owner  # keeps the memory alive
         self.base = low // SECTOR * SECTOR  # views begin here, so that an aligned address is an aligned index
@@ -33,7 +33,7 @@ class GlobalMemory:
         self.findings = findings
         self.regions: list[Region] = []
 
-    def add(self, name: str, tensor: Any) -> int:
+    def add(self, name: str, tensor: torch.Tensor | np.ndarray) -> int:
         """Let the kernel touch a torch tensor or an array; returns its address."""
         if isinstance(tensor, np.ndarray):
             address, nbytes = tensor.ctypes.data, tensor.nbytes
@@ -47,7 +47,7 @@ class GlobalMemory:
 
     def find(
         self, address: np.ndarray, size: int, i: Instruction, what: str
-    ) -> Iterator[tuple[Region, Any, np.ndarray]]:
+    ) -> Iterator[tuple[Region, slice | np.ndarray, np.ndarray]]:
         """(region, which of the addresses, byte offsets from its base); what lies in no region is reported."""
         if (address % np.uint64(min(size, 16))).any():
             self.findings.add("misaligned global access", i, f"{what} of {size} bytes at {int(address.min()):#x}")

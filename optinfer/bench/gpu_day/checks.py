@@ -66,10 +66,18 @@ def attention(tiny: bool, few: bool = False) -> Rows:
 
 def quantized(tiny: bool, few: bool = False) -> Rows:
     """The fast and the readable product of every packed format, and the product of bytes."""
-    from optinfer_kernels import quantized_matmul, quantized_matmul_fast
-    from optinfer_kernels.int8_matmul import int8_matmul
-
     device = hardware.default_device()
+    shapes = [(130, 256)] if tiny or few else [(130, 256), (576, 1536), (4096, 4096), (1000, 14336)]
+    tokens = (1, 9) if tiny else (1, 8, 16, 17, 64)
+    yield from _packed_products(device, shapes, tokens)
+    yield from _scaled_products(device, shapes, tokens)
+    yield from _products_of_bytes(device, shapes, tokens)
+
+
+def _packed_products(device: torch.device, shapes: list[tuple[int, int]], tokens: tuple[int, ...]) -> Rows:
+    """Codes are restored in x's dtype: one rounding for each weight, and one of the output."""
+    from optinfer_kernels import quantized_matmul, quantized_matmul_fast
+
     variants: dict[str, dict[str, Any]] = {
         "nf4": {"name": "nf4"},
         "nf4 + double quantization": {"name": "nf4", "double_quant": True},
@@ -78,8 +86,6 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
         "int4 affine": {"name": "int4", "group_size": 64, "symmetric": False},
         "int8": {"name": "int8", "group_size": "channel"},
     }
-    shapes = [(130, 256)] if tiny or few else [(130, 256), (576, 1536), (4096, 4096), (1000, 14336)]
-    tokens = (1, 9) if tiny else (1, 8, 16, 17, 64)
     halves = [dtype for dtype in _dtypes(device) if dtype != torch.float32]
     for (label, options), (rows, columns), dtype in itertools.product(variants.items(), shapes, halves):
         (weight,) = _random(dtype, (rows, columns))
@@ -88,8 +94,6 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
         kernel_weight = as_kernel_weight(packed)
         for count in tokens:
             (x,) = _random(dtype, (count, columns))
-            exact = x.double() @ restored.T
-            # codes are restored in x's dtype: one rounding for each weight, and one of the output
             limit = 2 * OUTPUT_ULP[dtype] * (x.double().abs() @ restored.abs().T).max().item()
             kernels = {"fast": quantized_matmul_fast.quantized_matmul} | (
                 {"readable": quantized_matmul.quantized_matmul} if count <= 16 else {}
@@ -100,8 +104,11 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
                 def compute(product=product, x=x, w=kernel_weight) -> Tensor:
                     return product(x, w)
 
-                yield _compared("quantized", case, compute, exact, limit)
-    # Small floats in eight bits, where the GPU knows E4M3.
+                yield _compared("quantized", case, compute, x.double() @ restored.T, limit)
+
+
+def _scaled_products(device: torch.device, shapes: list[tuple[int, int]], tokens: tuple[int, ...]) -> Rows:
+    """Small floats in eight bits, where the GPU knows E4M3."""
     e4m3 = ("fp8", "mxfp8") if (hardware.capability(device) or (0, 0)) >= (8, 9) else ()
     for name, (rows, columns), count in itertools.product(e4m3, shapes, tokens):
         weight, x = _random(torch.bfloat16, (rows, columns), (count, columns))
@@ -110,18 +117,23 @@ def quantized(tiny: bool, few: bool = False) -> Rows:
         limit = 2 * OUTPUT_ULP[torch.bfloat16] * (x.double().abs() @ restored.abs().T).max().item()
         case = f"scaled {name} {torch.bfloat16} {rows}x{columns}, {count} tokens"
 
-        def compute_scaled(x=x, q=packed) -> Tensor:
+        def compute(x=x, q=packed) -> Tensor:
             return quantized_matmul_of(x, q, backend="triton")
 
-        yield _compared("quantized", case, compute_scaled, x.double() @ restored.T, limit)
+        yield _compared("quantized", case, compute, x.double() @ restored.T, limit)
+
+
+def _products_of_bytes(device: torch.device, shapes: list[tuple[int, int]], tokens: tuple[int, ...]) -> Rows:
+    from optinfer_kernels.int8_matmul import int8_matmul
+
     for (rows, columns), count in itertools.product(shapes, tokens):
         a, b = (torch.randint(-128, 128, (n, columns), device=device).to(torch.int8) for n in (count, rows))
         case = f"int8 {rows}x{columns}, {count} tokens"
 
-        def compute_bytes(a=a, b=b) -> Tensor:
+        def compute(a=a, b=b) -> Tensor:
             return int8_matmul(a, b)
 
-        yield _compared("quantized", case, compute_bytes, a.double() @ b.double().T, 0.0)
+        yield _compared("quantized", case, compute, a.double() @ b.double().T, 0.0)
 
 
 def paged(tiny: bool, few: bool = False) -> Rows:

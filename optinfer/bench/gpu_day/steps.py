@@ -7,9 +7,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from optinfer.bench.rows import Row
 
 Rows = Iterator[dict[str, Any]]
 
@@ -30,9 +32,12 @@ class Step:
     tool: tuple[str, ...] = ()  # a program that watches the process
 
     def rows(self, tiny: bool) -> Rows:
+        """Flat, as they are written."""
         module, function = self.work.split(":")
-        call: Callable[..., Rows] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
-        return call(tiny, **dict(self.options))
+        call: Callable[..., Iterable[Row | dict[str, Any]]]
+        call = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        for row in call(tiny, **dict(self.options)):
+            yield row.as_dict() if isinstance(row, Row) else row
 
     def command(self, rows_file: str, tiny: bool) -> list[str]:
         python = shlex.split(os.environ.get("OPTINFER_DAY_PYTHON", "")) or [sys.executable]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,17 @@ from torch import Tensor
 from optinfer.quantization.checkpoints.words import group_size, pack_int32
 from optinfer.quantization.formats.grid import GridTensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["convert"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns sits in nibble 0, 1 …: the order AWQ's kernel unpacks in
 
 
-def convert(model: Any, layers: dict[str, GridTensor], plain: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert(
+    model: PreTrainedModel, layers: dict[str, GridTensor], plain: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored tensors by full name, and the `quantization_config`. `plain`: linear layers that are not quantized."""
     tensors = {f"{name}.{k}": v for name, q in layers.items() for k, v in _layer(q).items()}
     return tensors, {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from optinfer.quantization.layers import replace_module
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8
 from optinfer.quantization.schemes import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["convert", "load_bitsandbytes"]
 
@@ -99,34 +102,16 @@ def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.
         ValueError: not in that format, damaged, or of a kind we do not have; the message names the tensor.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from optinfer.quantization.model import mark_quantized
 
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(path)
-    options = getattr(config, "quantization_config", None) or {}
-    options = options if isinstance(options, dict) else options.to_dict()
-    if options.get("quant_method") != "bitsandbytes":
-        raise ValueError(f"{path} is not in bitsandbytes format: quant_method={options.get('quant_method')!r}")
-    threshold = float(options.get("llm_int8_threshold", 6.0))
-    del config.quantization_config
-
+    config, threshold = _read_config(path)
     state = _read_tensors(path)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-    scheme = None
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
-        q = _read_layer(state, name, linear)
-        if q is None:
-            continue
-        layer = QuantizedLinear.from_quantized(q, threshold=threshold)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"), requires_grad=False)
-        replace_module(model, linear, layer)
-        scheme = layer.scheme
+    scheme = _exchange_layers(model, state, threshold)
     if scheme is None:
         raise ValueError(f"{path} holds no layer quantized by bitsandbytes")
     if dtype is not None:
@@ -139,6 +124,36 @@ def load_bitsandbytes(path: str | Path, dtype: torch.dtype | None = None) -> nn.
         raise ValueError(f"{path} does not fit its config.json; {'; '.join(wrong[:5])}")
     mark_quantized(model, scheme)
     return model.eval()
+
+
+def _read_config(path: Path) -> tuple[PreTrainedConfig, float]:
+    """The model's configuration without the quantization, and the threshold of LLM.int8()."""
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no model folder: it has no config.json")
+    config = AutoConfig.from_pretrained(path)
+    options = getattr(config, "quantization_config", None) or {}
+    options = options if isinstance(options, dict) else options.to_dict()
+    if options.get("quant_method") != "bitsandbytes":
+        raise ValueError(f"{path} is not in bitsandbytes format: quant_method={options.get('quant_method')!r}")
+    del config.quantization_config
+    return config, float(options.get("llm_int8_threshold", 6.0))
+
+
+def _exchange_layers(model: nn.Module, state: dict[str, Tensor], threshold: float) -> Scheme | None:
+    """Put a `QuantizedLinear` for each layer whose quantized weight is in `state`, and take that out; None: no layer's is."""
+    scheme = None
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        q = _read_layer(state, name, linear)
+        if q is None:
+            continue
+        layer = QuantizedLinear.from_quantized(q, threshold=threshold)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"), requires_grad=False)
+        replace_module(model, linear, layer)
+        scheme = layer.scheme
+    return scheme
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from torch import Tensor
 from optinfer.quantization.checkpoints.words import group_size, pack_int32
 from optinfer.quantization.formats.grid import GridTensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["convert"]
 
 
-def convert(model: Any, layers: dict[str, GridTensor], plain: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert(
+    model: PreTrainedModel, layers: dict[str, GridTensor], plain: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored tensors by full name, and the `quantization_config`. `plain`: linear layers that are not quantized."""
     first = next(iter(layers.values()))
     group = group_size(layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,9 @@ from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.model import mark_quantized
 from optinfer.quantization.schemes import SCHEMES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["load_as_shipped"]
 
 
@@ -23,7 +26,7 @@ def load_as_shipped(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     gguf: str | os.PathLike[str] | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model with every linear layer in the 4 bits that it was published in.
 
     `optinfer.load_model` rounds what these codes stand for to bf16; here they stay codes, so the layers are exact, and a

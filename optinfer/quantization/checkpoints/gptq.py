@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ from optinfer.quantization.checkpoints.words import group_size, pack_int32
 from optinfer.quantization.formats.grid import GridTensor
 from optinfer.quantization.methods.calibrate import decoder_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["convert"]
 
 
-def convert(model: Any, layers: dict[str, GridTensor], plain: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert(
+    model: PreTrainedModel, layers: dict[str, GridTensor], plain: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored tensors by full name, and the `quantization_config`. `plain`: linear layers that are not quantized."""
     first = next(iter(layers.values()))
     # Version 1 stores zero - 1, so a zero point of 0 would borrow from its neighbour in the word: version 2 then.
@@ -49,7 +54,7 @@ def _layer(q: GridTensor, version: int) -> dict[str, Tensor]:
     }
 
 
-def _plain_inside(model: Any, plain: list[str]) -> list[str]:
+def _plain_inside(model: PreTrainedModel, plain: list[str]) -> list[str]:
     """Of the layers with ordinary weights those inside the decoder's layers."""
     prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
     return [name for name in plain if name.startswith(prefixes)]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,13 +15,16 @@ from optinfer.quantization.experts import QuantizedExperts
 from optinfer.quantization.formats.small_floats import file_order
 from optinfer.quantization.schemes import SCHEMES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["FORMAT", "convert"]
 
 FORMAT = "mxfp4"
 
 
 def convert(
-    model: Any, linears: list[str], experts: dict[str, QuantizedExperts], plain: list[str]
+    model: PreTrainedModel, linears: list[str], experts: dict[str, QuantizedExperts], plain: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored tensors by full name, and the `quantization_config`.
 

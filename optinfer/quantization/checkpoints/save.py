@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,18 @@ from optinfer.quantization.layers import unquantized_layers
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.calibrate import decoder_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["FORMATS", "CheckpointError", "save_bitsandbytes", "save_checkpoint"]
 
 LAYOUTS_OF_DECODERS = {"gptq": gptq.convert, "awq": awq.convert}  # in float16, for layers inside the decoder's
 LAYOUTS = {"compressed-tensors": compressed_tensors.convert, **LAYOUTS_OF_DECODERS}
-FORMATS = (*LAYOUTS, "bitsandbytes", mxfp4.FORMAT)
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "mxfp4"]
+FORMATS = get_args(Format)
 
 
-def save_bitsandbytes(model: Any, path: str | os.PathLike[str]) -> Path:
+def save_bitsandbytes(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
     """Save a model quantized to nf4, fp4 or llm_int8 as a folder that transformers loads with bitsandbytes.
 
     See `save_checkpoint`; a folder of that name is replaced.
@@ -39,10 +43,10 @@ def save_bitsandbytes(model: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def save_checkpoint(
-    model: Any,
+    model: PreTrainedModel,
     path: str | os.PathLike[str],
-    format: str = "compressed-tensors",
-    tokenizer: Any = None,
+    format: Format = "compressed-tensors",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     replace: bool = False,
 ) -> Path:
     """Write a quantized model as a folder that transformers and vLLM load without this package.
@@ -121,7 +125,7 @@ def _uniform(layers: dict[str, QuantizedTensor], format: str) -> dict[str, GridT
     return grids
 
 
-def _check_readers_layers(model: Any, layers: Iterable[str], format: str) -> None:
+def _check_readers_layers(model: PreTrainedModel, layers: Iterable[str], format: str) -> None:
     """Raise CheckpointError where a reader, who builds the model from its configuration, finds no `nn.Linear` to fill."""
     with torch.device("meta"):
         built = type(model)(model.config)
@@ -133,7 +137,7 @@ def _check_readers_layers(model: Any, layers: Iterable[str], format: str) -> Non
             )
 
 
-def _check_inside(model: Any, layers: Iterable[str], format: str) -> None:
+def _check_inside(model: PreTrainedModel, layers: Iterable[str], format: str) -> None:
     """Raise CheckpointError for quantized layers where readers of GPTQ and AWQ files do not look."""
     try:
         prefixes = tuple(f"{prefix}." for prefix in decoder_layers(model))
@@ -146,7 +150,7 @@ def _check_inside(model: Any, layers: Iterable[str], format: str) -> None:
         )
 
 
-def _other_tensors(model: Any, layers: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _other_tensors(model: PreTrainedModel, layers: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Embeddings, norms, biases and heads; a tensor that several names share is stored once, under the first."""
     prefixes = tuple(f"{name}.weight" for name in layers)
     tensors: dict[str, Tensor] = {}
@@ -169,11 +173,11 @@ def _other_tensors(model: Any, layers: Iterable[str], dtype: torch.dtype | None)
 
 
 def _write(
-    model: Any,
+    model: PreTrainedModel,
     target: Path,
     tensors: dict[str, Tensor],
     config: dict[str, Any],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype | None,
     replace: bool,
 ) -> Path:

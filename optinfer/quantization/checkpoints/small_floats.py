@@ -69,7 +69,7 @@ def convert(
     return tensors, configuration(_FORMATS[kind], weights, plain)
 
 
-def _strategy(q: Any) -> str | None:
+def _strategy(q: QuantizedTensor) -> str | None:
     if not isinstance(q, BlockFloats):
         return None
     if q.format.block:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight
 from optinfer.quantization.checks import check_choice, check_weight, refuse_options
-from optinfer.quantization.formats.tensor import NestedScale, QuantizedTensor, Stored, unpack_bits
+from optinfer.quantization.formats.tensor import GroupSize, NestedScale, QuantizedTensor, Stored, unpack_bits
 from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
 from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
 from optinfer_kernels.quantized_arguments import QuantizedWeight, codebook_tensor
@@ -31,6 +31,9 @@ CHUNK = 1 << 18
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in bitsandbytes
 
 
+QuantType = Literal["nf4", "fp4"]
+
+
 class CodebookTensor(QuantizedTensor):
     """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor.
 
@@ -40,7 +43,7 @@ class CodebookTensor(QuantizedTensor):
     SCALE = "absmax"
 
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options, "double_quant")
         if group_size is None:
             group_size = scheme.group_size
@@ -49,7 +52,7 @@ class CodebookTensor(QuantizedTensor):
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        return quantize_4bit(weight, scheme.name, scheme.group_size, scheme.double_quant)
+        return quantize_4bit(weight, cast(QuantType, scheme.name), scheme.group_size, scheme.double_quant)
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
@@ -132,7 +135,7 @@ class CodebookTensor(QuantizedTensor):
 
 
 def quantize_4bit(
-    weight: Tensor, quant_type: str = "nf4", group_size: int = 64, double_quant: bool = False
+    weight: Tensor, quant_type: QuantType = "nf4", group_size: int = 64, double_quant: bool = False
 ) -> QuantizedTensor:
     """Quantize a tensor to NF4 or FP4.
 
@@ -153,7 +156,7 @@ def quantize_4bit(
         TypeError: `weight` is no tensor of those dtypes.
         ValueError: empty, NaN or Inf inside; unknown `quant_type` or `group_size`.
     """
-    check_choice(quant_type, tuple(CODEBOOKS), "quant_type")
+    check_choice(quant_type, get_args(QuantType), "quant_type")
     check_choice(group_size, GROUP_SIZES, "group_size")
     check_weight(weight, ndim=None)
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from optinfer.cpu import CpuWeight
 from optinfer.quantization.checks import check_weight, refuse_options
-from optinfer.quantization.formats.tensor import QuantizedTensor, Stored, pack_bits, packed_width, unpack_bits
+from optinfer.quantization.formats.tensor import (
+    GroupSize,
+    QuantizedTensor,
+    Stored,
+    pack_bits,
+    packed_width,
+    unpack_bits,
+)
 from optinfer_kernels.quantized_arguments import INT4, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -74,7 +81,7 @@ class GridTensor(QuantizedTensor):
         )
 
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options, "symmetric")
         if group_size is None:
             group_size = scheme.group_size
@@ -154,7 +161,7 @@ class GridTensor(QuantizedTensor):
         )
 
 
-def resolve_group_size(group_size: int | str | None, shape: torch.Size) -> int:
+def resolve_group_size(group_size: GroupSize, shape: torch.Size) -> int:
     """How many columns share a scale: 0 for the whole tensor.
 
     `group_size`: a positive int; ``"channel"`` or -1: a row; ``"tensor"`` or None: everything.
@@ -199,7 +206,7 @@ def scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype:
 def quantize_linear(
     weight: Tensor,
     bits: int = 4,
-    group_size: int | str | None = 64,
+    group_size: GroupSize = 64,
     symmetric: bool = True,
 ) -> GridTensor:
     """Round each weight to the nearest of ``2**bits`` equally spaced values.
@@ -228,7 +235,7 @@ def quantize_linear(
     return GridTensor.from_codes(codes, scale, None if symmetric else zero, bits, group_size, dtype=weight.dtype)
 
 
-def round_linear(weight: Tensor, bits: int = 4, group_size: int | str | None = 64, symmetric: bool = True) -> Tensor:
+def round_linear(weight: Tensor, bits: int = 4, group_size: GroupSize = 64, symmetric: bool = True) -> Tensor:
     """The values that `quantize_linear` with the same arguments restores, in `weight`'s dtype, without packing them.
 
     For searches and training loops, which round the same matrix many times and never store it. Arguments are not checked.
@@ -238,9 +245,7 @@ def round_linear(weight: Tensor, bits: int = 4, group_size: int | str | None = 6
     return values.reshape(len(weight), -1)[:, : weight.shape[1]].to(weight.dtype)
 
 
-def nearest_codes(
-    weight: Tensor, bits: int, group_size: int | str | None, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_codes(weight: Tensor, bits: int, group_size: GroupSize, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as float32 ``[rows, groups, group]`` (padded; ``[1, 1, all]`` for one scale in all), scale and zero."""
     columns = resolve_group_size(group_size, weight.shape)
     w = weight.detach().float()

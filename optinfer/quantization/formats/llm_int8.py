@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optinfer.quantization.checks import check_weight, refuse_options
 from optinfer.quantization.formats.gpu import has_kernels
-from optinfer.quantization.formats.tensor import QuantizedTensor, Stored
+from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor, Stored
 
 if TYPE_CHECKING:
     from optinfer.quantization.schemes import Scheme
@@ -43,7 +43,7 @@ class Int8Rows(QuantizedTensor):
     LOOKS_AT_INPUTS = True
 
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
         if group_size not in (None, 0):
             raise ValueError(f"llm_int8 has one scale per row; group_size={group_size!r} cannot be set")

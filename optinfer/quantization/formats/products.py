@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from optinfer.quantization.formats.gpu import as_kernel_weight, kernel_matmul, k
 from optinfer.quantization.formats.llm_int8 import Int8Rows, int8_matmul
 from optinfer.quantization.formats.tensor import QuantizedTensor
 
+if TYPE_CHECKING:
+    from optinfer.quantization.linear import QuantizedLinear
+
 __all__ = ["dequantized_matmul", "layer_matmul", "quantized_matmul"]
 
-BACKENDS = ("auto", "triton", "dequantize")
+Backend = Literal["auto", "triton", "dequantize"]
 
 
 def quantized_matmul(
-    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0, backend: str = "auto"
+    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0, backend: Backend = "auto"
 ) -> Tensor:
     """``x @ W.T + bias`` for a quantized weight.
 
@@ -39,7 +42,7 @@ def quantized_matmul(
         ValueError: unknown backend, or one that cannot take this weight.
         TritonMissing: backend "triton" without Triton.
     """
-    check_choice(backend, BACKENDS, "backend")
+    check_choice(backend, get_args(Backend), "backend")
     if isinstance(q, Int8Rows):
         return int8_matmul(x, q, threshold, bias)
     if backend == "triton":
@@ -55,7 +58,7 @@ def quantized_matmul(
     return dequantized_matmul(x, q, bias)
 
 
-def layer_matmul(x: Tensor, layer: Any) -> Tensor:
+def layer_matmul(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """`quantized_matmul` with a `QuantizedLinear`, which remembers how the kernels read its weight: by those of the device
     where they pay for this input and read the layout, else by the formula.
     """

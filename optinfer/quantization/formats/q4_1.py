@@ -14,7 +14,14 @@ from torch import Tensor
 
 from optinfer.cpu import CpuWeight
 from optinfer.quantization.checks import check_weight, refuse_options
-from optinfer.quantization.formats.tensor import QuantizedTensor, Stored, pack_bits, packed_width, unpack_bits
+from optinfer.quantization.formats.tensor import (
+    GroupSize,
+    QuantizedTensor,
+    Stored,
+    pack_bits,
+    packed_width,
+    unpack_bits,
+)
 
 if TYPE_CHECKING:
     from optinfer.quantization.schemes import Scheme
@@ -38,7 +45,7 @@ class Q41Tensor(QuantizedTensor):
     minimum: Tensor | None = None
 
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
         if group_size not in (None, GROUP):
             raise ValueError(f"group_size of q4_1 must be {GROUP}; got {group_size!r}")

@@ -18,14 +18,14 @@ codes in a byte: here the first sits in the high half, as in all our tensors; in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from optinfer.cpu import CpuWeight
 from optinfer.quantization.checks import check_choice, check_weight, refuse_options
-from optinfer.quantization.formats.tensor import QuantizedTensor, Stored, packed_width, unpack_bits
+from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor, Stored, packed_width, unpack_bits
 from optinfer_kernels.quantized_arguments import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ E2M1 = _E2M1_HALF + tuple(-value for value in _E2M1_HALF)
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
+MxScale = Literal["round", "floor"]  # which power of two, see `quantize_blocks`
 TILE = 128  # rows and columns of fp8's tiles, as DeepSeek-V3 has them
 
 
@@ -99,7 +100,7 @@ class BlockFloats(QuantizedTensor):
     tensor_scale: Tensor | None = None
 
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         refuse_options(scheme, options)
         check_block(BLOCK_FORMATS[scheme.name], None if group_size == -1 else group_size)
         words = {None: scheme.group_size, "channel": 0, "tensor": -1}
@@ -107,8 +108,8 @@ class BlockFloats(QuantizedTensor):
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        block = {0: "channel", -1: "tensor"}.get(scheme.group_size, scheme.group_size)
-        return quantize_blocks(weight, scheme.name, block)
+        words: dict[int, GroupSize] = {0: "channel", -1: "tensor"}
+        return quantize_blocks(weight, scheme.name, words.get(scheme.group_size, scheme.group_size))
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
@@ -192,7 +193,7 @@ class BlockFloats(QuantizedTensor):
 
 
 def quantize_blocks(
-    weight: Tensor, scheme: str, group_size: int | str | None = None, mx_scale: str = "round"
+    weight: Tensor, scheme: str, group_size: GroupSize = None, mx_scale: MxScale = "round"
 ) -> BlockFloats:
     """Quantize a matrix to small floats.
 
@@ -208,7 +209,7 @@ def quantize_blocks(
         ValueError, TypeError: another scheme, option or kind of weight.
     """
     check_choice(scheme, tuple(BLOCK_FORMATS), "scheme")
-    check_choice(mx_scale, ("round", "floor"), "mx_scale")
+    check_choice(mx_scale, get_args(MxScale), "mx_scale")
     check_weight(weight)
     form = BLOCK_FORMATS[scheme]
     check_block(form, group_size)
@@ -235,7 +236,7 @@ def quantize_blocks(
     return q
 
 
-def check_block(form: BlockFormat, group_size: int | str | None) -> None:
+def check_block(form: BlockFormat, group_size: GroupSize) -> None:
     """Raise ValueError for a block size that the format does not have."""
     allowed = (None, form.block) if form.block else (None, "channel", "tensor", TILE, 0)
     if group_size not in allowed:
@@ -243,7 +244,7 @@ def check_block(form: BlockFormat, group_size: int | str | None) -> None:
         raise ValueError(f"group_size of {form.name} must be one of {shown}; got {group_size!r}")
 
 
-def mx_scales(absmax: Tensor, form: BlockFormat, rule: str = "round") -> Tensor:
+def mx_scales(absmax: Tensor, form: BlockFormat, rule: MxScale = "round") -> Tensor:
     """E8M0 scales, uint8, of blocks whose largest magnitudes are `absmax` (float32). See `quantize_blocks` for the rule."""
     bits = absmax.contiguous().view(torch.int32)
     if rule == "round":
@@ -257,7 +258,7 @@ def file_order(packed: Tensor) -> Tensor:
     return packed >> 4 | packed << 4
 
 
-def _fp8_absmax(x: Tensor, group_size: int | str | None) -> tuple[int, Tensor]:
+def _fp8_absmax(x: Tensor, group_size: GroupSize) -> tuple[int, Tensor]:
     if group_size == TILE:
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE, 0, -x.shape[0] % TILE))
         return TILE, padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).abs().amax((1, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["NestedScale", "QuantizedTensor", "pack_bits", "unpack_bits"]
 
 Stored = tuple[tuple[int, ...], torch.dtype]  # of a stored tensor
+GroupSize = int | Literal["channel", "tensor"] | None  # weights that share a scale; each function says what None means
 
 # Rows are restored in slabs of about this many weights, so that a matrix product never needs the whole layer.
 SLAB = 1 << 20
@@ -136,7 +137,7 @@ class QuantizedTensor:
 
     # ---- of what it consists
     @classmethod
-    def settle(cls, scheme: Scheme, group_size: int | str | None, options: dict[str, Any]) -> Scheme:
+    def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
         """`scheme` with the user's options in place of the defaults; ValueError for one that the format does not have."""
         raise NotImplementedError
 

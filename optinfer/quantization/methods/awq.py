@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.calibrate import (
+    Calibration,
     CalibrationLayer,
     add_gram,
     calibrate,
@@ -28,6 +29,9 @@ from optinfer.quantization.methods.calibrate import (
 )
 from optinfer.quantization.methods.gptq import gptq_quantize
 from optinfer.quantization.methods.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Scaling",
@@ -42,6 +46,9 @@ __all__ = [
 ALPHAS = tuple(i / 20 for i in range(20))  # the paper's grid: s = mean|x|^alpha
 CLIPS = tuple(1 - i / 20 for i in range(10))  # 1.00, 0.95 … 0.55 of a group's largest weight
 SEARCH_TOKENS = 2048  # the search looks at block outputs of this many tokens; AWQ needs little data (paper, figure 8)
+
+
+Rounding = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,9 @@ def scaling_groups(layer: nn.Module) -> list[Scaling]:
 
 
 @torch.no_grad()
-def gain_offset(norm: Any) -> float:
+def gain_offset(norm: nn.Module) -> float:
     """1 for norms that multiply by ``1 + weight`` (Gemma), 0 for those that multiply by ``weight``: asked, not guessed."""
-    kept = norm.weight.data
+    kept: Tensor = norm.weight.data  # type: ignore[assignment]
     try:
         norm.weight.data = torch.zeros_like(kept)
         if getattr(norm, "bias", None) is not None:
@@ -302,18 +309,18 @@ def scale_layer(
 
 
 def awq(
-    model: Any,
-    tokenizer: Any = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Calibration,
     texts: str | list[str] | None = None,
     bits: int = 4,
     group_size: int = 64,
     symmetric: bool = False,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     clip: bool = True,
     search_tokens: int = SEARCH_TOKENS,
     trace: dict[str, list[tuple[float, float]]] | None = None,
     **calibration: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Quantize every linear layer of a decoder with AWQ, in place; embeddings and the output head stay.
 
     The model is changed only when the last layer is done; an error or an interruption leaves it as it was.
@@ -333,7 +340,7 @@ def awq(
     Raises:
         ValueError: the decoder's layers are wired in a way AWQ has no rule for, or see `calibrate`.
     """
-    if rounding not in ("nearest", "gptq"):
+    if rounding not in get_args(Rounding):
         raise ValueError(f"rounding must be 'nearest' or 'gptq', got {rounding!r}")
     grid = Grid(bits, group_size, symmetric)
     run = calibrate(model, tokenizer, texts, **calibration)

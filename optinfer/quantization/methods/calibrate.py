@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from optinfer.quantization.experts import QuantizedExperts, expert_stacks, put_e
 from optinfer.quantization.formats.grid import BITS
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.layers import replace_module, select_layers
-from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.linear import QuantizedLinear, bias_of
 from optinfer.quantization.methods.grid import Grid
 from optinfer.quantization.model import check_present, mark_quantized, refuse_quantized
 from optinfer.quantization.schemes import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Calibration", "CalibrationError", "CalibrationLayer", "InputStatistics", "calibrate"]
 
@@ -174,7 +177,7 @@ class CalibrationLayer:
 class Calibration:
     """An iterable over a decoder's layers, see `calibrate`. Each iteration starts anew."""
 
-    def __init__(self, model: Any, sequences: Tensor, batch_size: int, progress: bool = True):
+    def __init__(self, model: PreTrainedModel, sequences: Tensor, batch_size: int, progress: bool = True):
         self.model = model
         self.sequences = sequences
         # Equal batches: the masks that the model prepares for the first one then fit all.
@@ -236,6 +239,7 @@ class Calibration:
         """
         parent, _, _ = next(iter(self.layers)).rpartition(".")
         holder = self.model.get_submodule(parent)
+        assert isinstance(holder, nn.ModuleList)
         batches: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
         originals = list(holder)
@@ -275,8 +279,8 @@ class _Recorder(nn.Module):
 
 
 def calibrate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Calibration,
     texts: str | list[str] | None = None,
     num_sequences: int = 64,
     length: int = 256,
@@ -327,7 +331,7 @@ def calibrate(
     return run
 
 
-def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) -> Tensor:
+def _sequences(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], count: int, length: int) -> Tensor:
     """Token ids ``[sequences, length]``; each begins with the start token where the tokenizer would put one."""
     text = texts if isinstance(texts, str) else "\n\n".join(texts)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -340,7 +344,7 @@ def _sequences(tokenizer: Any, texts: str | list[str], count: int, length: int) 
     return torch.tensor(cut[:count])
 
 
-def decoder_layers(model: Any) -> dict[str, nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder's layers by name: its one list of modules as long as the config says.
 
     A vision tower may have a list as long; the model says which part of it writes text.
@@ -358,7 +362,7 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
     raise ValueError(f"{type(model).__name__} is not a decoder that keeps its {count} layers in one list")
 
 
-def decoder_widths(model: Any) -> dict[str, dict[str, int]]:
+def decoder_widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """For each of the decoder's layers the matrices to quantize, by their names within it, and how many inputs each has.
 
     Names are those of `separate_experts`. Raises ValueError: weights that are not in memory, or see `select_layers`.
@@ -379,12 +383,12 @@ def decoder_widths(model: Any) -> dict[str, dict[str, int]]:
 
 
 def quantize_layers(
-    model: Any,
+    model: PreTrainedModel,
     run: Calibration,
     rounded: Callable[[CalibrationLayer, str], QuantizedTensor],
     prepare: Callable[[CalibrationLayer], None] = lambda layer: None,
     threshold: float = 6.0,
-) -> Any:
+) -> PreTrainedModel:
     """Quantize a decoder layer by layer, each calibrated on what those before it, already quantized, now produce.
 
     Args:
@@ -417,7 +421,9 @@ def _unquantized_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in layer.named_parameters() if id(p) not in weights]
 
 
-def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0) -> Any:
+def install(
+    model: PreTrainedModel, quantized: Mapping[str, QuantizedTensor], threshold: float = 6.0
+) -> PreTrainedModel:
     """Exchange linear layers and experts for quantized ones, in place; `threshold` is that of int8 activations' outliers."""
     stacks = expert_stacks(model)
     experts: dict[str, list[QuantizedTensor]] = {}
@@ -426,7 +432,7 @@ def install(model: Any, quantized: Mapping[str, QuantizedTensor], threshold: flo
             experts.setdefault(stack, []).append(q)
         else:
             linear = model.get_submodule(name)
-            replace_module(model, linear, QuantizedLinear.from_quantized(q, linear.bias, threshold))
+            replace_module(model, linear, QuantizedLinear.from_quantized(q, bias_of(linear), threshold))
     for name, matrices in experts.items():
         empty = QuantizedExperts.like(stacks[name], Scheme.of(matrices[0]), transposed(model, name))
         put_experts(model, name, empty.fill(matrices))

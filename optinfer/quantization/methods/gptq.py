@@ -17,16 +17,19 @@ Two grids keep that error at or below round to nearest's, always:
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from optinfer.quantization.checks import check_weight
 from optinfer.quantization.formats.grid import BITS, GridTensor, quantize_linear, resolve_group_size, scale_and_zero
-from optinfer.quantization.formats.tensor import QuantizedTensor
-from optinfer.quantization.methods.calibrate import CalibrationLayer, calibrate, quantize_layers
+from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor
+from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, quantize_layers
 from optinfer.quantization.methods.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["gptq", "gptq_quantize", "output_error"]
 
@@ -55,7 +58,7 @@ def gptq_quantize(
     weight: Tensor,
     hessian: Tensor,
     bits: int = 4,
-    group_size: int | str | None = 64,
+    group_size: GroupSize = 64,
     damp: float = 0.01,
     act_order: bool = False,
     symmetric: bool = True,
@@ -79,8 +82,28 @@ def gptq_quantize(
     Raises:
         ValueError: shapes disagree, groups do not divide, or the Hessian stays indefinite after three times more damping.
     """
+    group = _check(weight, hessian, bits, group_size, damp)
+    top, bottom = (1 << bits) - 1, 1 if symmetric else 0
+    groups = weight.detach().float().unflatten(1, (-1, group))
+    grid = scale_and_zero(groups.amin(-1), groups.amax(-1), bits, symmetric, weight.dtype)
+    scale, zero = (each.T.contiguous() for each in grid)  # [groups, out]
+
+    def finish(codes: Tensor) -> QuantizedTensor:
+        zeros = None if symmetric else zero.T.contiguous().to(torch.uint8)
+        return GridTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
+
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    factor = inverse_factor(hessian if order is None else hessian[order][:, order], damp)
+    compensated = finish(_compensated_codes(weight, factor, scale, zero, bottom, top, order))
+    plain = quantize_linear(weight, bits, group, symmetric)
+    worse = row_errors(weight, compensated, hessian) > row_errors(weight, plain, hessian)
+    return finish(torch.where(worse[:, None], plain.codes(), compensated.codes())) if worse.any() else compensated
+
+
+def _check(weight: Tensor, hessian: Tensor, bits: int, group_size: GroupSize, damp: float) -> int:
+    """The group size as a number of columns; raises as `gptq_quantize` says."""
     check_weight(weight)
-    rows, width = weight.shape
+    width = weight.shape[1]
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}")
     group = resolve_group_size(group_size, weight.shape)
@@ -96,23 +119,28 @@ def gptq_quantize(
         raise ValueError("hessian has NaN or Inf values: the calibration activations overflowed")
     if not damp > 0:
         raise ValueError(f"damp must be positive, got {damp!r}")
+    return group
 
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    factor = inverse_factor(hessian if order is None else hessian[order][:, order], damp)
+
+def _compensated_codes(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bottom: int, top: int, order: Tensor | None
+) -> Tensor:
+    """Round one column after the other, each error made up for by the columns that are still to come.
+
+    Args:
+        factor: float64 ``[in, in]``, see `inverse_factor`, its columns as they are visited.
+        scale, zero: ``[groups, out]``, of consecutive columns.
+        order: which column comes when; None: as they stand.
+
+    Returns:
+        uint8 ``[out, in]``.
+    """
+    rows, width = weight.shape
+    group = width // len(scale)
+    step = torch.where(scale == 0, 1, scale).float()
     columns = weight.detach().double().T.contiguous()  # [in, out]: one row of this is one column of the weight
     if order is not None:
         columns = columns[order]
-
-    top, bottom = (1 << bits) - 1, 1 if symmetric else 0
-    groups = weight.detach().float().unflatten(1, (-1, group))
-    scale, zero = (
-        t.T.contiguous() for t in scale_and_zero(groups.amin(-1), groups.amax(-1), bits, symmetric, weight.dtype)
-    )
-    step = torch.where(scale == 0, 1, scale).float()  # each [groups, out]
-
-    def nearest(column: Tensor, g: int) -> Tensor:
-        return (column.float() / step[g]).round_().add_(zero[g]).clamp_(bottom, top)
-
     codes = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -121,20 +149,13 @@ def gptq_quantize(
         for i, at in enumerate(range(start, stop)):
             column = at if order is None else int(order[at])
             g = column // group
-            code = nearest(local[i], g)
+            code = (local[i].float() / step[g]).round_().add_(zero[g]).clamp_(bottom, top)
             codes[column] = code.to(torch.uint8)
             rounded = (code - zero[g]).double() * scale[g].double()
             errors[i] = (local[i] - rounded) / factor[at, at]
             local[i:].addr_(factor[at, at:stop], errors[i], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-
-    def finish(codes: Tensor) -> QuantizedTensor:
-        zeros = None if symmetric else zero.T.contiguous().to(torch.uint8)
-        return GridTensor.from_codes(codes, scale.T.contiguous(), zeros, bits, group, dtype=weight.dtype)
-
-    compensated, plain = finish(codes.T.contiguous()), quantize_linear(weight, bits, group, symmetric)
-    worse = row_errors(weight, compensated, hessian) > row_errors(weight, plain, hessian)
-    return finish(torch.where(worse[:, None], plain.codes(), compensated.codes())) if worse.any() else compensated
+    return codes.T.contiguous()
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -174,8 +195,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
 
 def gptq(
-    model: Any,
-    tokenizer: Any = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Calibration,
     texts: str | list[str] | None = None,
     bits: int = 4,
     group_size: int = 64,
@@ -184,7 +205,7 @@ def gptq(
     act_order: bool = True,
     report: list[dict[str, Any]] | None = None,
     **calibration: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Quantize every linear layer of a decoder with GPTQ, in place; embeddings and the output head stay.
 
     Layer by layer: each is calibrated on what the layers before it, already quantized, now produce. The model is

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optinfer.quantization.formats.grid import GridTensor, quantize_linear, round_linear
+from optinfer.quantization.formats.tensor import GroupSize
 
 __all__ = ["Grid"]
 
@@ -22,7 +23,7 @@ class Grid:
     """
 
     bits: int
-    group_size: int | str | None
+    group_size: GroupSize
     symmetric: bool
 
     def quantize(self, weight: Tensor) -> GridTensor:

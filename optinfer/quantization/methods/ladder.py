@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optinfer.quantization.layers import restore
-from optinfer.quantization.methods.awq import awq
+from optinfer.quantization.methods.awq import Rounding, awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 
@@ -18,8 +21,14 @@ CALIBRATION: dict[str, Any] = {"num_sequences": 32, "length": 256}
 
 
 def rung(
-    model: Any, tokenizer: Any, method: str, bits: int, group_size: int = 64, symmetric: bool = False, **options: Any
-) -> Any:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    bits: int,
+    group_size: int = 64,
+    symmetric: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
     """Quantize a model in place by the name of the method; the ladder's grids are affine."""
     common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if method == "rtn":
@@ -27,7 +36,7 @@ def rung(
     if method == "gptq":
         return gptq(model, tokenizer, **common, **CALIBRATION, **options)
     if method in ("awq", "awq+gptq"):
-        rounding = "gptq" if method == "awq+gptq" else "nearest"
+        rounding: Rounding = "gptq" if method == "awq+gptq" else "nearest"
         return awq(model, tokenizer, rounding=rounding, **common, **CALIBRATION, **options)
     if method in EIGHT_BITS:
         if bits != 8:
@@ -42,10 +51,10 @@ def rung(
     raise ValueError(f"method must be one of {', '.join((*METHODS, *EIGHT_BITS))}; got {method!r}")
 
 
-def dequantize(model: Any) -> Any:
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """Put ordinary linear layers with the restored weights back, in place: the same values, faster over long inputs."""
     restore(model)
     if getattr(model, "is_quantized", False):  # transformers' marks, which forbid `model.float()`
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         del model.hf_quantizer, model.quantization_method, model.config.quantization_config
     return model

@@ -7,15 +7,19 @@ estimator), and the unquantized model is the teacher, as in LLM-QAT (arXiv 2305.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from optinfer.quantization.experts import separate_experts
-from optinfer.quantization.methods.calibrate import calibrate, install
+from optinfer.quantization.linear import matrix_of
+from optinfer.quantization.methods.calibrate import Calibration, calibrate, install
 from optinfer.quantization.methods.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["fake_quantize", "qat"]
 
@@ -58,8 +62,8 @@ class _FakeQuantized(nn.Module):
 
 
 def qat(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     texts: str | list[str] | None = None,
     bits: int = 4,
     group_size: int = 64,
@@ -70,7 +74,7 @@ def qat(
     learning_rate: float = 2e-4,
     progress: bool = True,
     losses: list[float] | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Train the linear layers with rounded weights to give the unquantized model's predictions, then convert, in place.
 
     The student is a float32 copy; the model is changed only at the end.
@@ -90,34 +94,16 @@ def qat(
     run = calibrate(model, tokenizer, texts, num_sequences=steps * batch_size, length=length)
     grid = Grid(bits, group_size, symmetric)
     run.check_groups(grid)
-    student = copy.deepcopy(model)
-    separate_experts(student)
-    dtypes = {name: student.get_submodule(name).weight.dtype for name in run.widths_by_name}
-    student.float().train().requires_grad_(False)
-    trained = []
-    for name, dtype in dtypes.items():
-        linear = student.get_submodule(name)
-        linear.weight.requires_grad_(True)
-        trained.append(linear.weight)
-        parametrize.register_parametrization(linear, "weight", _FakeQuantized(grid, dtype), unsafe=True)
+    student, dtypes = _student(model, run, grid)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    device = model.get_input_embeddings().weight.device
-    low_precision = model.dtype if model.dtype == torch.bfloat16 else None
+    device = next(model.get_input_embeddings().parameters()).device
     order = torch.Generator().manual_seed(0)
     bar = tqdm(range(steps), desc="training", unit="step", disable=not progress)
     for _ in bar:
         ids = run.sequences[torch.randperm(len(run.sequences), generator=order, device="cpu")[:batch_size]].to(device)
-        with torch.no_grad():
-            target = model(ids, use_cache=False).logits.float().log_softmax(-1)
-        with (
-            torch.enable_grad(),
-            torch.autocast(device.type, dtype=low_precision or torch.bfloat16, enabled=low_precision is not None),
-        ):
-            logits = student(ids, use_cache=False).logits
-        with torch.enable_grad():
-            guess = logits.float().log_softmax(-1)
-            loss = nn.functional.kl_div(guess, target, log_target=True, reduction="sum") / ids.numel()
+        loss = _divergence(student, model, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -131,3 +117,27 @@ def qat(
         weight = student.get_submodule(name).parametrizations.weight.original.detach()
         quantized[name] = grid.quantize(weight.to(dtype))
     return install(model, quantized)
+
+
+def _student(model: PreTrainedModel, run: Calibration, grid: Grid) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """A float32 copy that computes with rounded weights and learns those underneath; and the dtype that each came in."""
+    student = copy.deepcopy(model)
+    separate_experts(student)
+    dtypes = {name: matrix_of(student.get_submodule(name)).dtype for name in run.widths_by_name}
+    student.float().train().requires_grad_(False)
+    for name, dtype in dtypes.items():
+        linear = student.get_submodule(name)
+        linear.weight.requires_grad_(True)
+        parametrize.register_parametrization(linear, "weight", _FakeQuantized(grid, dtype), unsafe=True)
+    return student, dtypes
+
+
+def _divergence(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    """KL of the student's predictions from the teacher's, in nats per token; products in bfloat16 where the teacher's are."""
+    with torch.no_grad():
+        target = teacher(ids, use_cache=False).logits.float().log_softmax(-1)
+    with torch.enable_grad():
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=teacher.dtype == torch.bfloat16):
+            logits = student(ids, use_cache=False).logits
+        guess = logits.float().log_softmax(-1)
+        return nn.functional.kl_div(guess, target, log_target=True, reduction="sum") / ids.numel()

@@ -10,7 +10,7 @@ multiplying its weights by ``s`` changes nothing in exact arithmetic and shares 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from optinfer.quantization.formats.llm_int8 import quantize_int8
 from optinfer.quantization.formats.tensor import QuantizedTensor
 from optinfer.quantization.methods.awq import fold, foldable, scaling_groups
-from optinfer.quantization.methods.calibrate import CalibrationLayer, calibrate, quantize_layers
+from optinfer.quantization.methods.calibrate import Calibration, CalibrationLayer, calibrate, quantize_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["smooth_layer", "smoothquant"]
 
@@ -45,12 +48,12 @@ def smooth_layer(layer: CalibrationLayer, alpha: float = 0.5) -> None:
 
 
 def smoothquant(
-    model: Any,
-    tokenizer: Any = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Calibration,
     texts: str | list[str] | None = None,
     alpha: float = 0.5,
     **calibration: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Quantize every linear layer of a decoder to W8A8 with smoothed activations, in place.
 
     Weights get one scale per row, activations one per token as they come; products are in int8 throughout.
