@@ -19,6 +19,7 @@ class PagedArguments:
         window: tokens that a query sees, itself included; 0: all before it.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: as they are.
         sinks: float32 [heads], scores of a key with value zero that every query sees; or None.
+        tree_mask: bool [tokens, max_queries], which of its sequence's queries each sees, of those up to itself; None: all.
     """
 
     q: torch.Tensor
@@ -35,6 +36,7 @@ class PagedArguments:
     window: int
     softcap: float
     sinks: torch.Tensor | None
+    tree_mask: torch.Tensor | None
     _shape: torch.Size
 
     @property
@@ -63,6 +65,7 @@ def check_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> PagedArguments:
@@ -79,9 +82,10 @@ def check_paged_attention(
         "context_lens": context_lens,
         "query_starts": query_starts,
         "sinks": sinks,
+        "tree_mask": tree_mask,
     }
     for name, tensor in tensors.items():
-        if tensor is None and name in ("query_starts", "sinks"):
+        if tensor is None and name in ("query_starts", "sinks", "tree_mask"):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
@@ -132,11 +136,12 @@ def check_paged_attention(
         raise ValueError(f"softcap must be a positive number, or None, got {softcap!r}")
     if sinks is not None and tuple(sinks.shape) != (heads,):
         raise ValueError(f"sinks must be [{heads}], one per head, got {list(sinks.shape)}")
+    _check_tree_mask(tree_mask, packed.shape[0], max_queries, window)
     return PagedArguments(
         q=packed, query_starts=starts, max_queries=max_queries, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, num_blocks=num_blocks, block_size=block_size, scale=float(scale), int8=int8,
         window=window or 0, softcap=float(softcap or 0), sinks=None if sinks is None else sinks.detach().float(),
-        _shape=q.shape,
+        tree_mask=tree_mask, _shape=q.shape,
     )  # fmt: skip
 
 
@@ -160,6 +165,19 @@ def _check_caches(q, k_cache, v_cache, k_scale, v_scale) -> tuple[int, int, int,
         if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32):
             raise ValueError(f"{name}_scale must be float32 {list(cache.shape[:3])}, one per token and head")
     return num_blocks, block_size, kv_heads, int8
+
+
+def _check_tree_mask(tree_mask, tokens: int, max_queries: int, window: int | None) -> None:
+    if tree_mask is None:
+        return
+    if tree_mask.dtype != torch.bool:
+        raise TypeError(f"tree_mask must be bool, got {tree_mask.dtype}")
+    if tree_mask.shape != (tokens, max_queries):
+        raise ValueError(
+            f"tree_mask must be {[tokens, max_queries]}, queries by most of one sequence, got {list(tree_mask.shape)}"
+        )
+    if window:
+        raise ValueError(f"tree_mask and window={window} cannot be combined: a node's place is not its position")
 
 
 def _check_tables(
