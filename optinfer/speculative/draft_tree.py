@@ -73,8 +73,8 @@ class DraftTree:
         return {self.tokens[i]: i for i, parent in enumerate(self.parents) if parent == node}
 
     def mask(self) -> Tensor:
-        """Bool [1 + nodes, 1 + nodes]: who sees whom among the newest token (row 0) and the nodes: ancestors and oneself."""
-        seen = torch.eye(len(self) + 1, dtype=torch.bool)
+        """Whom the newest token (row 0) and each node see, ancestors and oneself: bool [1 + nodes, 1 + nodes], on the CPU."""
+        seen = torch.eye(len(self) + 1, dtype=torch.bool, device="cpu")
         for node, parent in enumerate(self.parents):
             seen[node + 1] |= seen[parent + 1]
         return seen
