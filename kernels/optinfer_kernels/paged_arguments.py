@@ -19,6 +19,7 @@ class PagedArguments:
         window: tokens that a query sees, itself included; 0: all before it.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: as they are.
         sinks: float32 [heads], scores of a key with value zero that every query sees; or None.
+        tree_mask: bool [tokens, max_queries], which of its sequence's queries each sees, of those up to itself; None: all.
     """
 
     q: torch.Tensor
@@ -35,6 +36,7 @@ class PagedArguments:
     window: int
     softcap: float
     sinks: torch.Tensor | None
+    tree_mask: torch.Tensor | None
     _shape: torch.Size
 
     @property
@@ -63,6 +65,7 @@ def check_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> PagedArguments:
@@ -71,7 +74,7 @@ def check_paged_attention(
     Block numbers and lengths are checked where that is free, on a CPU; on a GPU it would stop the stream.
     Raises TypeError for what is not a tensor or has the wrong dtype, ValueError for all else.
     """
-    _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks)
+    _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks, tree_mask)
     _check_queries(q, packed=query_starts is not None)
     heads, head_dim = q.shape[1], q.shape[-1]
     num_blocks, block_size, kv_heads, int8 = _check_caches(q, k_cache, v_cache, k_scale, v_scale)
@@ -83,16 +86,17 @@ def check_paged_attention(
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     _check_scores(heads, scale, window, softcap, sinks)
+    _check_tree_mask(tree_mask, packed.shape[0], max_queries, window)
     return PagedArguments(
         q=packed, query_starts=starts, max_queries=max_queries, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, num_blocks=num_blocks, block_size=block_size, scale=float(scale), int8=int8,
         window=window or 0, softcap=float(softcap or 0), sinks=None if sinks is None else sinks.detach().float(),
-        _shape=q.shape,
+        tree_mask=tree_mask, _shape=q.shape,
     )  # fmt: skip
 
 
-def _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks) -> None:
-    """All of them tensors on one device; the last two may be None."""
+def _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts, sinks, tree_mask) -> None:
+    """All of them tensors on one device; the last three may be None."""
     tensors = {
         "q": q,
         "k_cache": k_cache,
@@ -100,7 +104,7 @@ def _check_tensors(q, k_cache, v_cache, block_tables, context_lens, query_starts
         "block_tables": block_tables,
         "context_lens": context_lens,
     }
-    optional = {"query_starts": query_starts, "sinks": sinks}
+    optional = {"query_starts": query_starts, "sinks": sinks, "tree_mask": tree_mask}
     for name, tensor in (tensors | {name: one for name, one in optional.items() if one is not None}).items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
@@ -183,6 +187,19 @@ def _check_caches(q, k_cache, v_cache, k_scale, v_scale) -> tuple[int, int, int,
         if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32):
             raise ValueError(f"{name}_scale must be float32 {list(cache.shape[:3])}, one per token and head")
     return num_blocks, block_size, kv_heads, int8
+
+
+def _check_tree_mask(tree_mask, tokens: int, max_queries: int, window: int | None) -> None:
+    if tree_mask is None:
+        return
+    if tree_mask.dtype != torch.bool:
+        raise TypeError(f"tree_mask must be bool, got {tree_mask.dtype}")
+    if tree_mask.shape != (tokens, max_queries):
+        raise ValueError(
+            f"tree_mask must be {[tokens, max_queries]}, queries by most of one sequence, got {list(tree_mask.shape)}"
+        )
+    if window:
+        raise ValueError(f"tree_mask and window={window} cannot be combined: a node's place is not its position")
 
 
 def _check_tables(

@@ -36,12 +36,13 @@ from optinfer_kernels.interpreter import device_shape, launch  # noqa: E402
 
 @triton.jit
 def paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sink_ptr, table_ptr, length_ptr, start_ptr, out_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sink_ptr, tree_ptr, table_ptr, length_ptr, start_ptr,
+    out_ptr, part_ptr, lse_ptr,
     q_stride_n, q_stride_h, out_stride_n, out_stride_h, page_stride, slot_stride, head_stride, table_stride,
-    tokens, splits, scale, cap_scale, window,
+    tokens, splits, scale, cap_scale, window, tree_width,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits * row blocks, KV heads, batch). `scale` includes log2(e); with SOFTCAP it is the cap's, and `cap_scale`
     brings the scores into units of the cap.
@@ -100,6 +101,11 @@ def paged_attention_kernel(
         visible = exists[None, :] & (token[None, :] <= last_seen[:, None])
         if WINDOW:
             visible &= token[None, :] > last_seen[:, None] - window
+        if TREE:  # of this step's tokens, the mask's row says which; all older ones are seen
+            place = token - (length - q_len)
+            masked = visible & (place[None, :] >= 0) & (rows[:, None] < q_len * GROUP)
+            seen = tl.load(tree_ptr + (first + query)[:, None] * tree_width + place[None, :], mask=masked, other=1)
+            visible &= seen != 0
         scores = tl.where(visible, scores, -float("inf"))
         p, m, l, acc = online_softmax_step(scores, m, l, acc, scale)
         if INT8:
@@ -181,6 +187,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     splits: int | None = None,
@@ -192,11 +199,12 @@ def paged_attention(
     max_queries too on a GPU: to look it up would stop the stream). k_cache, v_cache [num_blocks, block_size, kv_heads, D]
     in q's dtype (fp16, bf16, fp32), or int8 with float32 k_scale, v_scale [num_blocks, block_size, kv_heads].
     block_tables [batch, max_blocks] and context_lens [batch] (tokens of each sequence, the queries included) are int32 or
-    int64. A query sees keys up to its own position, `window` of them at most; see `PagedArguments` for softcap and sinks.
+    int64. A query sees keys up to its own position, `window` of them at most; see `PagedArguments` for softcap, sinks and
+    tree_mask.
     """
     a = check_paged_attention(
         q, k_cache, v_cache, block_tables, context_lens, scale, query_starts=query_starts, max_queries=max_queries,
-        window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+        window=window, softcap=softcap, sinks=sinks, tree_mask=tree_mask, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
     queries = a.q.contiguous()
@@ -215,13 +223,15 @@ def paged_attention(
         queries, k_cache, v_cache,
         k_scale.contiguous() if a.int8 else lse, v_scale.contiguous() if a.int8 else lse,
         a.sinks if a.sinks is not None else lse,
+        a.tree_mask.contiguous().view(torch.int8) if a.tree_mask is not None else lse,
         block_tables.contiguous(), context_lens.contiguous(), a.query_starts.contiguous(), out, part, lse,
         *queries.stride()[:2], *out.stride()[:2], *k_cache.stride()[:3], block_tables.shape[1],
         tokens, splits, (a.softcap or a.scale) * LOG2E, a.scale / a.softcap if a.softcap else 0.0, a.window,
+        a.max_queries if a.tree_mask is not None else 0,
         GROUP=a.group, HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), PAGE=a.block_size,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, INT8=a.int8, SPLIT=splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        WINDOW=a.window > 0, SOFTCAP=a.softcap > 0, SINKS=a.sinks is not None,
+        WINDOW=a.window > 0, SOFTCAP=a.softcap > 0, SINKS=a.sinks is not None, TREE=a.tree_mask is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:

@@ -38,8 +38,9 @@ static void in_type_of(const Pages& pages, Run run) {
 
 // Queries `first_query[i]` to `first_query[i + 1]` are the last ones of sequence i, which has `context[i]` tokens.
 struct Sequences {
-    int64 count, table_width;
+    int64 count, table_width, tree_width;
     const int64 *first_query, *context, *tables;  // [count + 1], [count], [count, table_width]
+    const bool* tree;  // [queries, tree_width]: which of its sequence's queries each sees, of those up to itself; all: null
 };
 
 struct Scoring {
@@ -169,6 +170,7 @@ static void attend_span(const Pages& pages, const Sequences& sequences, const Sc
     }
     // Position of the first query: the last one of the sequence stands at the end of its context.
     const int64 position = sequences.context[span.sequence] - (sequences.first_query[span.sequence + 1] - span.first);
+    const int64 fresh = position - (span.first - sequences.first_query[span.sequence]);  // of the sequence's first query
     const int64 begin = scoring.window > 0 ? std::max<int64>(0, position + 1 - scoring.window) : 0;
     const int64 end = position + span.count;
     for (int64 first = begin; first < end; first += TILE) {
@@ -186,6 +188,11 @@ static void attend_span(const Pages& pages, const Sequences& sequences, const Sc
             const int64 oldest = scoring.window > 0 ? own + 1 - scoring.window : 0;
             for (int64 t = 0; t < TILE; ++t)
                 if (first + t < oldest || first + t > own) scores[t] = -INFINITY;
+            if (sequences.tree) {
+                const bool* sees = sequences.tree + (span.first + row / group) * sequences.tree_width - fresh;
+                for (int64 t = std::max(fresh, first); t <= std::min(own, first + TILE - 1); ++t)
+                    if (!sees[t]) scores[t - first] = -INFINITY;
+            }
             add_row(state, row, scores, values, width);
         }
     }

@@ -82,16 +82,25 @@ class Pages(_Pointing):
 
 class Sequences(_Pointing):
     _fields_ = (
-        *((name, c_int64) for name in ("count", "table_width")),
-        *((name, c_void_p) for name in ("first_query", "context", "tables")),
+        *((name, c_int64) for name in ("count", "table_width", "tree_width")),
+        *((name, c_void_p) for name in ("first_query", "context", "tables", "tree")),
     )
 
     @classmethod
-    def of(cls, query_starts: torch.Tensor, context_lens: torch.Tensor, block_tables: torch.Tensor) -> "Sequences":
-        """int [batch + 1], [batch], [batch, max_blocks]."""
+    def of(
+        cls,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        tree_mask: torch.Tensor | None = None,
+    ) -> "Sequences":
+        """int [batch + 1], [batch], [batch, max_blocks]; bool [queries, max_queries]."""
         tensors = tuple(t.long().contiguous() for t in (query_starts, context_lens, block_tables))
-        sequences = cls(*block_tables.shape, *(t.data_ptr() for t in tensors))
-        sequences.tensors = tensors
+        sequences = cls(*block_tables.shape, 0, *(t.data_ptr() for t in tensors))
+        if tree_mask is not None:
+            tree_mask = tree_mask.contiguous()
+            sequences.tree_width, sequences.tree = tree_mask.shape[1], tree_mask.data_ptr()
+        sequences.tensors = *tensors, tree_mask
         return sequences
 
 

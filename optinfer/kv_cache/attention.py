@@ -47,8 +47,8 @@ def paged_attention(
         window: a query sees so many tokens at most, itself included; None: all before it.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
         sinks: [heads], scores of one more key, whose value is zero (GPT-OSS).
-        tree_mask: bool [tokens, max_queries]: which of its sequence's newest tokens each query sees, instead of those before
-            it (draft trees); all older tokens are seen. Not by "triton" and "loops".
+        tree_mask: bool [tokens, max_queries]: which of its sequence's queries each query sees, of those up to itself (draft
+            trees); all older tokens are seen. Not together with a window.
         k_scale, v_scale: float32 [num_blocks, block_size, kv_heads], for int8 caches.
 
     Returns: a tensor like q.
@@ -57,10 +57,6 @@ def paged_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if options.get("tree_mask") is not None:
-        if backend in ("triton", "loops"):
-            raise ValueError(f"tree_mask is not known to backend {backend!r}; use 'sdpa' or 'reference'")
-        backend = "sdpa" if backend == "auto" else backend
     arguments = (q, k_cache, v_cache, block_tables, context_lens, scale)
     if backend == "auto":
         backend = choose_backend(q.device) if isinstance(q, Tensor) else "reference"
@@ -70,12 +66,11 @@ def paged_attention(
         return kernel.paged_attention(*arguments, **options)
     if backend == "reference":
         return paged_attention_reference(*arguments, **options)
-    tree_mask = options.pop("tree_mask", None)
     scales = {name: options.get(name) for name in ("k_scale", "v_scale")}
     a = check_paged_attention(*arguments, **options)
     if backend == "loops":
         return a.unpack(_by_loops(a, k_cache, v_cache, block_tables, context_lens, **scales))
-    return a.unpack(_by_sdpa(a, k_cache, v_cache, block_tables, context_lens, **scales, tree_mask=tree_mask))
+    return a.unpack(_by_sdpa(a, k_cache, v_cache, block_tables, context_lens, **scales))
 
 
 def choose_backend(device: torch.device) -> Backend:
@@ -94,7 +89,6 @@ def paged_attention_reference(
     scale: float | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    tree_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """The definition, one sequence at a time, computed in `dtype` (float64 makes it an oracle for tests)."""
@@ -113,7 +107,7 @@ def paged_attention_reference(
         scores = queries @ k.transpose(1, 2) * a.scale
         if a.softcap:
             scores = torch.tanh(scores / a.softcap) * a.softcap
-        scores = scores.masked_fill(~_visible(a, queries.shape[1], length, q.device, starts[i], tree_mask), -torch.inf)
+        scores = scores.masked_fill(~_visible(a, queries.shape[1], length, q.device, starts[i]), -torch.inf)
         if a.sinks is not None:
             sinks = a.sinks.to(dtype)[:, None, None].expand(-1, queries.shape[1], 1)
             weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
@@ -123,17 +117,13 @@ def paged_attention_reference(
     return a.unpack(out.to(q.dtype if dtype == torch.float32 else dtype))
 
 
-def _visible(
-    a: PagedArguments, queries: int, length: int, device: torch.device, start: int = 0, tree_mask: Tensor | None = None
-) -> Tensor:
+def _visible(a: PagedArguments, queries: int, length: int, device: torch.device, start: int) -> Tensor:
     """Bool [queries, length]: which of its context each of a sequence's last tokens sees; its queries begin at `start`."""
     token = torch.arange(length, device=device)
     own = torch.arange(length - queries, length, device=device)[:, None]
     visible = token <= own
-    if tree_mask is not None:
-        if a.window:
-            raise ValueError("tree_mask and window cannot be combined: a node's place is not its position")
-        visible[:, length - queries :] = tree_mask[start : start + queries, :queries]
+    if a.tree_mask is not None:
+        visible[:, length - queries :] &= a.tree_mask[start : start + queries, :queries]
     return visible & (token > own - a.window) if a.window else visible
 
 
@@ -150,9 +140,7 @@ def gather_pages(
     return tokens.to(dtype or cache.dtype).transpose(0, 1)[None]
 
 
-def _by_sdpa(
-    a: PagedArguments, k_cache, v_cache, block_tables, context_lens, k_scale=None, v_scale=None, tree_mask=None
-) -> Tensor:
+def _by_sdpa(a: PagedArguments, k_cache, v_cache, block_tables, context_lens, k_scale=None, v_scale=None) -> Tensor:
     """Gather one sequence's pages, attend with torch's kernel, go on: the copy is read again while it is in cache."""
     if a.softcap or a.sinks is not None:  # torch's kernel has neither
         options: dict[str, Any] = {
@@ -161,7 +149,7 @@ def _by_sdpa(
             "window": a.window or None,
         }
         options |= {"softcap": a.softcap or None, "sinks": a.sinks, "k_scale": k_scale, "v_scale": v_scale}
-        options["tree_mask"] = tree_mask
+        options["tree_mask"] = a.tree_mask
         return paged_attention_reference(a.q, k_cache, v_cache, block_tables, context_lens, a.scale, **options)
     out = torch.empty_like(a.q)
     starts = a.query_starts.tolist()
@@ -174,7 +162,7 @@ def _by_sdpa(
         rows = queries.transpose(0, 1).reshape(1, a.kv_heads, a.group * n, a.head_dim)
         mask = None
         if n > 1 or (a.window and length > a.window):
-            mask = _visible(a, n, length, a.q.device, starts[i], tree_mask).repeat(a.group, 1)
+            mask = _visible(a, n, length, a.q.device, starts[i]).repeat(a.group, 1)
         result = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=a.scale)
         out[starts[i] : starts[i + 1]] = result.view(a.heads, n, a.head_dim).transpose(0, 1)
     return out
@@ -186,7 +174,7 @@ def _by_loops(a: PagedArguments, k_cache, v_cache, block_tables, context_lens, k
     if kernels is None or a.q.device.type != "cpu":
         raise RuntimeError("backend 'loops' needs tensors on the CPU and a C++ compiler; use 'sdpa'")
     pages = cpu.Pages.of(k_cache, v_cache, k_scale, v_scale)
-    sequences = cpu.Sequences.of(a.query_starts, context_lens, block_tables)
+    sequences = cpu.Sequences.of(a.query_starts, context_lens, block_tables, a.tree_mask)
     out = kernels.attend(
         pages, sequences, cpu.Scoring.of(a.scale, a.softcap, a.window, a.sinks), a.q.float().contiguous()
     )

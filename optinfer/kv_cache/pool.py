@@ -159,5 +159,16 @@ class KVPool:
             self.copied_bytes += moved.nbytes
             pages[:, targets] = moved
 
+    def move_tokens(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy single tokens, all layers at once: `(source, target)` slots. All are read first: a target may be a source."""
+        if not moves:
+            return
+        sources, targets = (upload(side, self.device) for side in zip(*moves))
+        for pages in self._tensors():
+            rows = pages.flatten(1, 2)
+            moved = rows.index_select(1, sources)
+            self.copied_bytes += moved.nbytes
+            rows.index_copy_(1, targets, moved)
+
     def _tensors(self) -> list[Tensor]:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]

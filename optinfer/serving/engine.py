@@ -40,8 +40,9 @@ class Engine:
         num_blocks: pages of the KV cache. Default: half a GiB of them.
         block_size: tokens per page.
         draft: who guesses tokens ahead, as in `speculative_decoding` (see `as_draft`): a name such as "prompt_lookup", a
-            smaller model, a drafter, or a list of them; None: nobody.
-        num_draft_tokens: tokens drafted per step and sequence, at most.
+            smaller model, a drafter, or a list of them; None: nobody. Drafters of trees (`HeadTree`, `LookupTree`) have theirs
+            checked in one pass.
+        num_draft_tokens: tokens drafted per step and sequence, at most; of a tree, along one branch.
         adaptive_drafts: draft only as far as the measured cost of a step says that it pays.
         max_batched_tokens, max_num_seqs, policy, chunked_prefill: see `Scheduler`.
         prefix_caching: requests that begin alike share pages.
@@ -97,7 +98,7 @@ class Engine:
         self.speculator = None
         if draft is not None:
             longest = self.runner.max_length
-            drafts = batch_drafts(draft, model, num_blocks, block_size, longest)
+            drafts = batch_drafts(draft, model, num_blocks, block_size, longest, any(self.runner.windows))
             self.speculator = Speculator(drafts, num_draft_tokens, adaptive_drafts, longest, clock)
             self.runner.keep_hidden = self.speculator.needs_hidden
 

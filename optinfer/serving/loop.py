@@ -14,6 +14,7 @@ from optinfer.serving.request import Sequence
 from optinfer.serving.scheduler import Schedule, Scheduler
 from optinfer.serving.speculation import Speculator
 from optinfer.serving.turns import Interrupts
+from optinfer.upload import upload
 
 
 class Loop:
@@ -64,29 +65,33 @@ class Loop:
             raise
         record = self._apply(schedule, decisions, start, now)
         if self.speculator is not None:
-            self._learn(self.speculator, schedule, record)
+            self._learn(self.speculator, schedule, decisions, record)
 
     def _run(self, schedule: Schedule) -> Tensor:
         chunks = []
         for c in schedule.chunks:
-            tokens = c.sequence.token_ids[c.start : c.end] + c.drafts
-            chunks.append(Chunk(tokens, c.start, self.scheduler.manager.block_table(c.sequence.seq_id)))
+            tokens = c.sequence.token_ids[c.start : c.end] + c.drafts.tokens
+            table = self.scheduler.manager.block_table(c.sequence.seq_id)
+            chunks.append(Chunk(tokens, c.start, table, c.drafts if c.drafts.branches else None))
         return self.runner.run(chunks, [c.num_logits for c in schedule.chunks], schedule.copies)
 
     def _apply(self, schedule: Schedule, decisions: list[Decision], start: float, now: float) -> StepRecord:
         """The step counts: write down what it brought."""
-        chunks, finished = [], []
-        for chunk, decision in zip(schedule.chunks, decisions):
-            sequence, drafted = chunk.sequence, len(chunk.drafts)
-            kind: Literal["prefill", "decode"] = "decode" if sequence.is_decoding else "prefill"
+        chunks, finished, moves = [], [], []
+        kinds: list[Literal["prefill", "decode"]] = [
+            "decode" if chunk.sequence.is_decoding else "prefill" for chunk in schedule.chunks
+        ]
+        for chunk, decision in zip(schedule.chunks, decisions):  # before any block is freed
+            moves += self.scheduler.settle(chunk, decision.path)
+        for chunk, decision, kind in zip(schedule.chunks, decisions, kinds):
+            sequence, drafted, accepted = chunk.sequence, len(chunk.drafts), len(decision.path)
             if sequence.metrics.first_scheduled is None:
                 sequence.metrics.first_scheduled = start
                 sequence.metrics.cached_tokens = chunk.start
                 self.stats.cached_tokens += chunk.start
             for counts in (sequence.metrics, self.stats):
                 counts.draft_tokens += drafted
-                counts.accepted_tokens += decision.accepted
-            self.scheduler.settle(chunk, decision.accepted)
+                counts.accepted_tokens += accepted
             finished += self.output.apply(decision, now)
             chunks.append(
                 ChunkRecord(
@@ -95,11 +100,12 @@ class Loop:
                     chunk.start,
                     chunk.num_tokens,
                     drafted,
-                    decision.accepted,
+                    accepted,
                     len(decision.tokens),
                 )
             )
         self.forget_drafts([*schedule.preempted, *finished])
+        self._move(moves)
         stats, manager = self.stats, self.scheduler.manager
         used = manager.num_blocks - manager.num_free_blocks
         stats.steps += 1
@@ -116,15 +122,23 @@ class Loop:
             del self.log[: -self._log_steps]
         return record
 
-    def _learn(self, speculator: Speculator, schedule: Schedule, record: StepRecord) -> None:
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        """Keys and values go where the block manager says that they are; where that fails, nobody may find them there."""
+        try:
+            self.runner.pool.move_tokens(moves)
+        except BaseException:
+            self.restart()
+            raise
+
+    def _learn(self, speculator: Speculator, schedule: Schedule, decisions: list[Decision], record: StepRecord) -> None:
         """What the step says about drafts."""
         speculator.cost.observe(schedule.num_tokens, record.seconds)
-        for i, (chunk, line) in enumerate(zip(schedule.chunks, record.chunks)):
-            if line.drafted:
-                speculator.observe(chunk.sequence, line.drafted, line.accepted)
+        for i, (chunk, decision) in enumerate(zip(schedule.chunks, decisions)):
+            if chunk.drafts:
+                speculator.observe(chunk.sequence, chunk.drafts, decision.path)
             if speculator.needs_hidden and chunk.sequence.metrics.finished is None:
-                final = line.num_tokens + line.accepted
-                speculator.observe_hidden(chunk.sequence, chunk.start, self.runner.hidden[i][:final])
+                final = _final(self.runner.hidden[i], chunk.num_tokens, decision.path)
+                speculator.observe_hidden(chunk.sequence, chunk.start, final)
 
     def restart(self) -> None:
         """Begin again with empty pages and no cached prefixes; every sequence has its tokens."""
@@ -147,3 +161,11 @@ class Loop:
         running = {sequence.seq_id for sequence in self.scheduler.running}
         if set(manager.sequence_ids) != running:
             raise IntegrityError(f"blocks belong to {set(manager.sequence_ids) ^ running}, running: {running}")
+
+
+def _final(hidden: Tensor, num_tokens: int, path: list[int]) -> Tensor:
+    """Of a chunk's hidden states [tokens and drafts, hidden_size] those of its tokens and of the drafts on the path."""
+    if path == list(range(len(path))):
+        return hidden[: num_tokens + len(path)]
+    rows = [*range(num_tokens), *(num_tokens + node for node in path)]
+    return hidden.index_select(0, upload(rows, hidden.device))

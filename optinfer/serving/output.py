@@ -17,6 +17,7 @@ from optinfer.serving.records import EngineStats
 from optinfer.serving.request import Completion, Delta, Request, RequestMetrics, Sequence
 from optinfer.serving.sampler import NO_TOKEN, Draw, choose
 from optinfer.serving.scheduler import ScheduledChunk, Scheduler
+from optinfer.speculative.tree import accept_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ class Decision:
 
     sequence: Sequence
     tokens: list[int] = field(default_factory=list)
-    accepted: int = 0  # drafts among the tokens
+    path: list[int] = field(default_factory=list)  # nodes of the draft tree among the tokens
     reason: str | None = None
     text: str | None = None  # all of it, at the end
     branches: list["Decision"] = field(default_factory=list)  # first tokens of continuations that branch off here
@@ -110,7 +111,8 @@ class Output:
         draws, row = [], 0
         for chunk in chunks:
             if chunk.samples:
-                draws += [self._draw(chunk.sequence, row + i, i) for i in range(chunk.num_logits)]
+                offsets = (0, *chunk.drafts.depths)
+                draws += [self._draw(chunk.sequence, row + i, offset) for i, offset in enumerate(offsets)]
                 draws += [self._draw(child, row, 0) for child in self._branching(chunk.sequence)]
             row += chunk.num_logits
         chosen = iter(choose(logits, draws))
@@ -133,13 +135,11 @@ class Output:
     def _decide(self, chunk: ScheduledChunk, chosen: Iterator[int]) -> Decision:
         if not chunk.samples:
             return Decision(chunk.sequence)
-        # The token after each of the chunk's last positions, as if each draft before it were right.
-        tokens = [next(chosen) for _ in range(chunk.num_logits)]
-        accepted = 0
-        while accepted < len(chunk.drafts) and chunk.drafts[accepted] == tokens[accepted]:
-            accepted += 1
-        decision = self._end(Decision(chunk.sequence, tokens[: accepted + 1], accepted))
-        decision.accepted = min(accepted, len(decision.tokens))
+        # The token behind the newest one and behind each draft, as if all drafts on the way there were right.
+        says = [next(chosen) for _ in range(chunk.num_logits)]
+        path, last = accept_path(chunk.drafts, says)
+        decision = self._end(Decision(chunk.sequence, [*(chunk.drafts.tokens[node] for node in path), last]))
+        decision.path = path[: len(decision.tokens)]
         decision.branches = [self._end(Decision(child, [next(chosen)])) for child in self._branching(chunk.sequence)]
         return decision
 

@@ -23,6 +23,7 @@ from optinfer import cpu
 from optinfer.attention.needs import attention_implementation, read_needs
 from optinfer.kv_cache.attention import Backend, choose_backend, paged_attention
 from optinfer.kv_cache.pool import KVPool
+from optinfer.speculative.draft_tree import DraftTree
 from optinfer.upload import upload
 
 IMPLEMENTATION = "optinfer_serving"
@@ -30,15 +31,26 @@ IMPLEMENTATION = "optinfer_serving"
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `len(token_ids)` tokens of one sequence, the first at position `start`."""
+    """The next `len(token_ids)` tokens of one sequence, the first at position `start`. The last ones may be the nodes of a tree:
+    each then has a place of its own in the pages, and stands in the text by its depth."""
 
     token_ids: list[int]
     start: int
     block_table: list[int]
+    tree: DraftTree | None = None
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """In the text, [tokens]."""
+        positions = np.arange(self.start, self.end)
+        if self.tree is not None:
+            newest = self.end - len(self.tree) - 1
+            positions[-len(self.tree) :] = newest + np.array(self.tree.depths)
+        return positions
 
 
 class PagedBatch:
@@ -56,10 +68,13 @@ class PagedBatch:
         slots: [T], where each token's keys and values go.
         query_starts: [sequences + 1], rows of the first query of each sequence, and their end.
         context_lens: [sequences], tokens of each sequence, this step's included.
+        tree_mask: bool [T, max_queries], who sees whom among a chunk's tokens; None where no chunk has a tree.
         block_tables: [sequences, table_width].
         logit_rows: rows whose logits are wanted.
         spans: per chunk its rows as (first, end).
         max_queries: most tokens of one chunk.
+
+    Raises ValueError: a block table names a block that the pool lacks; a tree, and a layer that sees a window.
     """
 
     def __init__(
@@ -82,12 +97,14 @@ class PagedBatch:
             row[:used] = chunk.block_table[:used]
         if tables.min() < 0 or tables.max() >= pool.num_blocks:
             raise ValueError(f"a block table names a block outside 0 to {pool.num_blocks - 1}")
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        places = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        has_trees = any(chunk.tree is not None for chunk in chunks)
+        positions = np.concatenate([chunk.positions for chunk in chunks]) if has_trees else places
         sequence = np.repeat(np.arange(len(chunks)), lengths)
         parts = {
             "input_ids": np.concatenate([chunk.token_ids for chunk in chunks]),
             "position_ids": positions,
-            "slots": tables[sequence, positions // size] * size + positions % size,
+            "slots": tables[sequence, places // size] * size + places % size,
             "query_starts": np.concatenate([[0], ends]),
             "context_lens": np.array([chunk.end for chunk in chunks]),
             "block_tables": tables.ravel(),
@@ -98,6 +115,7 @@ class PagedBatch:
         self.num_tokens = int(ends[-1])
         self.highest_token, self.highest_position = int(parts["input_ids"].max()), int(positions.max())
         self._load(parts, tables.shape)
+        self.tree_mask = self._who_sees_whom(chunks) if has_trees else None
         self._sequences: cpu.Sequences | None = None
 
     def _load(self, parts: dict[str, np.ndarray], table_shape: tuple[int, ...]) -> None:
@@ -109,6 +127,17 @@ class PagedBatch:
         self.slots, self.logit_rows = views["slots"], views["logit_rows"]
         self.query_starts, self.context_lens = views["query_starts"], views["context_lens"]
         self.block_tables = views["block_tables"].view(table_shape)
+
+    def _who_sees_whom(self, chunks: list[Chunk]) -> Tensor:
+        if any(self.windows):
+            raise ValueError("a draft tree cannot be checked by layers that see a window of the text")
+        before = np.tri(self.max_queries, dtype=bool)
+        masks = [before[: len(chunk.token_ids)].copy() for chunk in chunks]
+        for chunk, mask in zip(chunks, masks):
+            if chunk.tree is not None:
+                n, nodes = len(mask), len(chunk.tree) + 1
+                mask[n - nodes :, n - nodes : n] = chunk.tree.mask().numpy()
+        return upload(np.concatenate(masks), self.pool.device)
 
     def take_over(self, other: "PagedBatch") -> None:
         """Take over another batch's content, of the same shapes, into this one's tensors."""
@@ -144,14 +173,14 @@ class PagedBatch:
         return paged_attention(
             q, *pool.layer(layer), self.block_tables, self.context_lens, scale, self.backend,
             query_starts=self.query_starts, max_queries=self.max_queries, window=window, softcap=softcap, sinks=sinks,
-            **pool.scales(layer),
+            tree_mask=self.tree_mask, **pool.scales(layer),
         )  # fmt: skip
 
     @property
     def sequences(self) -> cpu.Sequences:
         """What the C++ kernels need to know of the batch."""
         if self._sequences is None:
-            self._sequences = cpu.Sequences.of(self.query_starts, self.context_lens, self.block_tables)
+            self._sequences = cpu.Sequences.of(self.query_starts, self.context_lens, self.block_tables, self.tree_mask)
         return self._sequences
 
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from optinfer.kv_cache import Allocation, BlockManager, OutOfBlocks
 from optinfer.serving.request import Sequence
+from optinfer.speculative.draft_tree import DraftTree
 
 Policy = Literal["continuous", "prefill_first", "static"]
 POLICIES = get_args(Policy)
@@ -20,12 +21,12 @@ POLICIES = get_args(Policy)
 
 @dataclass(slots=True)
 class ScheduledChunk:
-    """Compute `num_tokens` tokens of `sequence`, starting at `start`, then `drafts` that may be rejected."""
+    """Compute `num_tokens` tokens of `sequence`, starting at `start`, then a tree of `drafts` that may be rejected."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    drafts: list[int] = field(default_factory=list)
+    drafts: DraftTree = field(default_factory=DraftTree)
 
     @property
     def end(self) -> int:
@@ -116,11 +117,11 @@ class Scheduler:
 
     # ------------------------------------------------------------ one step
 
-    def schedule(self, propose: Callable[[list[Sequence]], dict[Sequence, list[int]]] | None = None) -> Schedule:
+    def schedule(self, propose: Callable[[list[Sequence]], dict[Sequence, DraftTree]] | None = None) -> Schedule:
         """Choose the next step's chunks and reserve their blocks.
 
         Args:
-            propose: asked once per step for draft tokens of the decoding sequences.
+            propose: asked once per step for drafts of the decoding sequences.
         """
         step = Schedule()
         budget = self.max_batched_tokens
@@ -136,7 +137,7 @@ class Scheduler:
             self._admit(step, budget)
         return step
 
-    def _continue_running(self, step: Schedule, budget: int, drafts: dict[Sequence, list[int]]) -> int:
+    def _continue_running(self, step: Schedule, budget: int, drafts: dict[Sequence, DraftTree]) -> int:
         for sequence in list(self.running):
             if budget == 0:
                 break
@@ -144,7 +145,7 @@ class Scheduler:
                 continue
             chunk = ScheduledChunk(sequence, sequence.num_computed, min(sequence.num_uncomputed, budget))
             if chunk.samples:
-                chunk.drafts = drafts.get(sequence, [])[: budget - chunk.num_tokens]
+                chunk.drafts = drafts.get(sequence, chunk.drafts).first(budget - chunk.num_tokens)
             if self._reserve(step, chunk):
                 step.chunks.append(chunk)
                 budget -= chunk.num_tokens + len(chunk.drafts)
@@ -161,9 +162,9 @@ class Scheduler:
                     self._copy(step, manager.append(sequence.seq_id, missing, commit=False))
                 if chunk.drafts:
                     try:
-                        self._copy(step, manager.append(sequence.seq_id, chunk.drafts, commit=False))
+                        self._copy(step, manager.append(sequence.seq_id, chunk.drafts.tokens, commit=False))
                     except OutOfBlocks:  # nobody is preempted for a guess
-                        chunk.drafts = []
+                        chunk.drafts = DraftTree()
                 manager.commit(sequence.seq_id, chunk.end)
                 return True
             except OutOfBlocks:
@@ -218,16 +219,34 @@ class Scheduler:
 
     # ------------------------------------------------------------ after the step
 
-    def settle(self, chunk: ScheduledChunk, accepted: int) -> None:
-        """The chunk is computed and its first `accepted` drafts were right: forget the others."""
+    def settle(self, chunk: ScheduledChunk, path: list[int]) -> list[tuple[int, int]]:
+        """The chunk is computed and its drafts on the path were right: forget the others.
+
+        Returns: (source, target) slots of accepted drafts that lie behind forgotten ones. Their keys and values must be moved,
+            all of a step at once: a target may be another's source, and no two targets are the same as long as nobody's blocks
+            were freed meanwhile.
+        """
         sequence = chunk.sequence
-        computed = chunk.end + accepted
+        computed = chunk.end + len(path)
+        moves = []
         if chunk.drafts:
-            self.manager.truncate(sequence.seq_id, computed)
+            moves = self._close_ranks(chunk, path)
             self.manager.commit(sequence.seq_id, computed)  # what was accepted is final now
         sequence.metrics.recomputed_tokens += max(0, min(computed, sequence.high_water) - chunk.start)
         sequence.num_computed = computed
         sequence.high_water = max(sequence.high_water, computed)
+        return moves
+
+    def _close_ranks(self, chunk: ScheduledChunk, path: list[int]) -> list[tuple[int, int]]:
+        """Of the drafts keep those on the path, next to each other."""
+        seq_id, manager = chunk.sequence.seq_id, self.manager
+        in_place = next((i for i, node in enumerate(path) if node != i), len(path))  # all of a chain's
+        lie = manager.slots(seq_id, chunk.end)
+        manager.truncate(seq_id, chunk.end + in_place)
+        if moved := path[in_place:]:  # there is room: as much was released just now
+            manager.append(seq_id, [chunk.drafts.tokens[node] for node in moved], commit=False)
+        belong = manager.slots(seq_id, chunk.end + in_place)
+        return [(lie[node], slot) for node, slot in zip(moved, belong)]
 
 
 def _num_places(sequence: Sequence) -> int:

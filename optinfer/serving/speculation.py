@@ -3,6 +3,9 @@
 The engine samples at every drafted position as if there were no draft, and keeps going while the sample equals the
 draft. For a draft that is one certain token this is rejection sampling (accepted with probability p(draft), otherwise a
 draw from the rest), and the output is the same, token for token, as without speculation. So all drafting is greedy.
+
+A chain is a tree of one branch. In a tree (`TreeDraft`) the engine samples behind every node, with the random number that its
+depth has without drafts, and walks down while the sample has a child: again the same output, token for token.
 """
 
 import copy
@@ -20,6 +23,7 @@ from optinfer.serving.paged_batch import Chunk
 from optinfer.serving.request import Sequence
 from optinfer.speculative.by_name import as_draft
 from optinfer.speculative.draft_length import PRIOR_SLOPE
+from optinfer.speculative.draft_tree import DraftTree
 from optinfer.speculative.drafters import Draft, ModelDraft, context_length, names
 from optinfer.speculative.sampler import Sampler
 from optinfer.upload import upload
@@ -40,8 +44,8 @@ class BatchDraft(Protocol):
     def evidence(self, sequence: Sequence) -> int | None:
         """As of a `Draft`: 0 where there is nothing to say, None where that is not known without drafting."""
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
-        """For each sequence up to so many tokens; sequences with nothing to say are left out."""
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, DraftTree]:
+        """For each sequence a tree of at most this depth; sequences with nothing to say are left out."""
 
     def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
         """The target's final hidden states [tokens, hidden_size] of the sequence's tokens from `start` on."""
@@ -51,14 +55,22 @@ class BatchDraft(Protocol):
 
 
 def batch_drafts(
-    draft: Any, target: "PreTrainedModel", num_blocks: int, block_size: int, max_length: int
+    draft: Any, target: "PreTrainedModel", num_blocks: int, block_size: int, max_length: int, has_windows: bool = False
 ) -> list[BatchDraft]:
     """Who drafts for the batch, in the order in which they are asked, for what a user passes as `draft` (see `as_draft`).
 
+    Args:
+        has_windows: a layer of the target sees a window only.
+
     Raises ValueError: an unknown name, or a drafter that cannot draft for this model.
     """
-    members = as_draft(draft).members
+    members = as_draft(draft, trees=True).members
     for member in members:
+        if has_windows and hasattr(member, "propose_tree"):
+            raise ValueError(
+                f"draft {type(member).__name__} drafts trees, and a layer of this {type(target).__name__} sees a window of "
+                "the text: a node's place in the pages does not say how far back it sees. Use a drafter of chains"
+            )
         member.bind(target)
     return [
         BatchedModel(name, member, num_blocks, block_size, max_length)
@@ -98,13 +110,13 @@ class PerSequence:
             return 0
         return own.draft.evidence(self._text(sequence))
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, DraftTree]:
         drafted = [self._of(s).draft.propose_marked(self._text(s), most, GREEDY) for s, most in wanted.items()]
         flat = iter(torch.cat(drafted).tolist() if drafted else ())  # the only wait for the device
         found = {}
-        for sequence, tokens in zip(wanted, drafted):
-            if kept := [token for token in itertools.islice(flat, len(tokens)) if token >= 0]:
-                found[sequence] = kept
+        for sequence, marked in zip(wanted, drafted):
+            if tree := self._of(sequence).draft.as_tree(list(itertools.islice(flat, len(marked)))):
+                found[sequence] = tree
         return found
 
     def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
@@ -147,7 +159,7 @@ class BatchedModel:
     def evidence(self, sequence: Sequence) -> int | None:
         return None
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, DraftTree]:
         if not self.runner.is_current():
             self.runner.renew()
             self._start_again()
@@ -166,7 +178,7 @@ class BatchedModel:
                 survival[sequence] *= chance
                 if survival[sequence] >= self._min_confidence:
                     drafts[sequence].append(token)
-        return {sequence: tokens for sequence, tokens in drafts.items() if tokens}
+        return {sequence: DraftTree.chain(tokens) for sequence, tokens in drafts.items() if tokens}
 
     def observe(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
         """It has its own."""
@@ -255,14 +267,15 @@ class Speculator:
         self.cost = RunningFit()
         self._max_length = max_length
         self._draft_seconds = {draft.name: 0.0 for draft in drafts}  # per drafted token
+        self._breadth = {draft.name: 1.0 for draft in drafts}  # tokens per level of its newest trees; 1 of chains
         self._asked: dict[Sequence, tuple[str, int | None]] = {}  # whose draft is checked now, and its evidence
 
-    def propose(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        found: dict[Sequence, list[int]] = {}
+    def propose(self, sequences: list[Sequence]) -> dict[Sequence, DraftTree]:
+        found: dict[Sequence, DraftTree] = {}
         self._asked = {}
         for draft in self.drafts:
             start = self.clock()
-            price = self.price(len(sequences), draft.name)
+            price = self.price(len(sequences), draft.name) * self._breadth[draft.name]
             wanted, evidence = {}, {}
             for sequence in sequences:
                 if sequence not in found and (shown := draft.evidence(sequence)) != 0:
@@ -275,6 +288,7 @@ class Speculator:
             if num_drafted := sum(map(len, said.values())):
                 seconds = (self.clock() - start) / num_drafted
                 self._draft_seconds[draft.name] += 0.1 * (seconds - self._draft_seconds[draft.name])
+                self._breadth[draft.name] = num_drafted / sum(max(tree.depths) for tree in said.values())
             found |= said
             self._asked |= {sequence: (draft.name, evidence[sequence]) for sequence in said}
         return found
@@ -287,9 +301,11 @@ class Speculator:
         step = fixed + per_token * num_sequences
         return num_sequences * (per_token + self._draft_seconds.get(drafter, 0.0)) / step if step > 0 else 0.0
 
-    def observe(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+    def observe(self, sequence: Sequence, tree: DraftTree, path: list[int]) -> None:
+        """The nodes on the path were right; another level was tried where the last of them has children."""
         name, evidence = self._asked[sequence]
-        sequence.acceptance.record(name, evidence, drafted, accepted)
+        tried = len(path) + bool(tree.children(path[-1] if path else -1))
+        sequence.acceptance.record(name, evidence, tried, len(path))
 
     def observe_hidden(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
         for draft in self.drafts:

@@ -2,6 +2,7 @@
 
 from optinfer.speculative.by_name import as_draft
 from optinfer.speculative.decoding import speculative_decoding
+from optinfer.speculative.draft_tree import DraftTree
 from optinfer.speculative.drafters import (
     ChainDraft,
     Draft,
@@ -22,9 +23,9 @@ from optinfer.speculative.theory import (
     speedup,
 )
 from optinfer.speculative.tree import (
-    DraftTree,
     HeadTree,
     LookupTree,
+    TreeDraft,
     TreeOutput,
     accept_drawn,
     accept_path,
@@ -46,6 +47,7 @@ __all__ = [
     "SpeculativeOutput",
     "Statistics",
     "TextDraft",
+    "TreeDraft",
     "TreeOutput",
     "accept_drawn",
     "accept_path",

@@ -8,30 +8,29 @@ import torch
 from optinfer.speculative.drafters import ChainDraft, Draft, ModelDraft, PromptLookupDraft, QuantizedDraft
 
 
-def as_draft(draft: "str | Draft | torch.nn.Module | Sequence[Any]") -> Draft:
+def as_draft(draft: "str | Draft | torch.nn.Module | Sequence[Any]", trees: bool = False) -> Draft:
     """The drafter that is meant.
 
     Args:
         draft: a drafter; a smaller model; a name: ``"prompt_lookup"``, ``"head"`` (the trained head that comes with the
             default model), ``"lookup_then_head"``, ``"int8"`` or ``"nf4"`` (the target itself, quantized); or a list of
             these, asked in turn.
+        trees: whether it may draft trees. `Engine` and `tree_decoding` check them, `speculative_decoding` only chains.
 
     Raises:
-        ValueError: none of these; or a drafter of trees, which `tree_decoding` takes: a sequence's pages have one slot for a
-            position, and a tree has several tokens there.
+        ValueError: none of these, or a drafter of trees where only chains are checked.
     """
-    if hasattr(draft, "propose_tree"):
+    if hasattr(draft, "propose_tree") and not trees:
         raise ValueError(
-            f"draft {type(draft).__name__} drafts trees, and only chains are checked here: pages have one slot for a "
-            "position, a tree several tokens. Use optinfer.speculative.tree_decoding, or the drafter's chain "
-            "(PromptLookupDraft, HeadDraft)"
+            f"draft {type(draft).__name__} drafts trees, and only chains are checked here. Use Engine, "
+            "optinfer.speculative.tree_decoding, or the drafter's chain (PromptLookupDraft, HeadDraft)"
         )
     if isinstance(draft, Draft):
         return draft
     if isinstance(draft, torch.nn.Module):
         return ModelDraft(draft)
     if isinstance(draft, (list, tuple)) and draft:
-        return ChainDraft([as_draft(member) for member in draft])
+        return ChainDraft([as_draft(member, trees) for member in draft])
     if isinstance(draft, str) and draft in _NAMED:
         return _NAMED[draft]()
     raise ValueError(f"draft must be a drafter, a model, a list of them, or one of {', '.join(_NAMED)}; got {draft!r}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optinfer.speculative.draft_tree import DraftTree
 from optinfer.speculative.rollback import check_can_truncate
 from optinfer.speculative.sampler import Sampler
 
@@ -59,6 +60,10 @@ class Draft:
     def propose_marked(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Tensor:
         """The tokens of `propose` on their device, -1 from where they end: the host can wait for those of many texts at once."""
         return self.propose(input_ids, num_tokens, sampler).tokens
+
+    def as_tree(self, marked: list[int]) -> DraftTree:
+        """What `propose_marked` said, once it is on the host: a chain, unless the drafter draws trees."""
+        return DraftTree.chain(token for token in marked if token >= 0)
 
     def observe(self, hidden: Tensor) -> None:
         """The target's last hidden states of the tokens that just became final, [1, new, hidden_size]."""

@@ -8,8 +8,8 @@ target draws its token, and a child of that name is walked to. Where they were *
 tried in turn with the coin of `rejection`, p giving up after each refusal what q had proposed.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -17,70 +17,14 @@ import torch
 from torch import Tensor
 
 from optinfer.speculative.draft_head import HeadDraft
-from optinfer.speculative.drafters import PromptLookupDraft
+from optinfer.speculative.draft_tree import DraftTree
+from optinfer.speculative.drafters import Draft, PromptLookupDraft
 from optinfer.speculative.rejection import residual_distribution
 from optinfer.speculative.sampler import Sampler
+from optinfer.upload import upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class DraftTree:
-    """Drafted tokens, each behind its parent; parent -1 is the newest token of the text.
-
-    Raises ValueError: a node stands before its parent, or two children of one parent are the same token.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.parents):
-            raise ValueError(f"{len(self.tokens)} tokens have {len(self.parents)} parents")
-        if any(not -1 <= parent < node for node, parent in enumerate(self.parents)):
-            raise ValueError(f"every node must stand behind its parent, got parents {self.parents}")
-        if len(set(zip(self.parents, self.tokens))) < len(self.tokens):
-            raise ValueError("two children of one parent are the same token")
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @classmethod
-    def of_chains(cls, chains: Iterable[Sequence[int]], most: int | None = None) -> "DraftTree":
-        """Several continuations, shared where they begin alike; at most `most` nodes, the first chains first."""
-        tree = cls()
-        known: dict[tuple[int, int], int] = {}
-        for chain in chains:
-            at = -1
-            for token in chain:
-                if (at, token) not in known:
-                    if len(tree) == most:
-                        break
-                    known[at, token] = len(tree)
-                    tree.tokens.append(token)
-                    tree.parents.append(at)
-                at = known[at, token]
-        return tree
-
-    @property
-    def depths(self) -> list[int]:
-        """1 for a child of the text's newest token."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(1 if parent < 0 else depths[parent] + 1)
-        return depths
-
-    def children(self, node: int) -> dict[int, int]:
-        """Of a node, or of -1: token -> child."""
-        return {self.tokens[i]: i for i, parent in enumerate(self.parents) if parent == node}
-
-    def mask(self) -> Tensor:
-        """Bool [1 + nodes, 1 + nodes]: who sees whom among the newest token (row 0) and the nodes: ancestors and oneself."""
-        seen = torch.eye(len(self) + 1, dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            seen[node + 1] |= seen[parent + 1]
-        return seen
 
 
 # ---------------------------------------------------------------------------------------------- acceptance
@@ -153,7 +97,25 @@ def _without(q: Tensor, token: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- who drafts trees
 
 
-class LookupTree(PromptLookupDraft):
+class TreeDraft(Draft):
+    """A drafter of trees. Only `propose_tree` must be written."""
+
+    def propose_tree(self, input_ids: Tensor, num_tokens: int | None = None) -> DraftTree:
+        """What may follow `input_ids` [1, length]; no branch is longer than `num_tokens`, None: than the drafter likes."""
+        raise NotImplementedError
+
+    def propose_marked(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Tensor:
+        """The tokens of all nodes, a negative one where they end, then as many parents."""
+        tree = self.propose_tree(input_ids, num_tokens)
+        return input_ids.new_tensor([*tree.tokens, *tree.parents], dtype=torch.long)
+
+    def as_tree(self, marked: list[int]) -> DraftTree:
+        tokens, parents = marked[: len(marked) // 2], marked[len(marked) // 2 :]
+        end = next((i for i, token in enumerate(tokens) if token < 0), len(tokens))
+        return DraftTree(tokens[:end], parents[:end])
+
+
+class LookupTree(TreeDraft, PromptLookupDraft):
     """What followed the last words before, at several places.
 
     Args:
@@ -164,19 +126,20 @@ class LookupTree(PromptLookupDraft):
         super().__init__(**options)
         self.width, self.depth, self.most = width, depth, most
 
-    def propose_tree(self, input_ids: Tensor) -> DraftTree:
+    def propose_tree(self, input_ids: Tensor, num_tokens: int | None = None) -> DraftTree:
         text = input_ids[0].tolist()
         self._read(text)
         size, first = self._match
         if size == 0:
             return DraftTree()
+        depth = self.depth if num_tokens is None else min(self.depth, num_tokens)
         places = self._follows[tuple(text[-size:])]
         order = [first, *(place for place in reversed(places) if place != first)]
-        return DraftTree.of_chains((text[place : place + self.depth] for place in order[: self.width]), self.most)
+        return DraftTree.of_chains((text[place : place + depth] for place in order[: self.width]), self.most)
 
 
-class HeadTree(HeadDraft):
-    """The trained head's chain, and at each of its tokens the next likeliest beside it: a comb.
+class HeadTree(TreeDraft, HeadDraft):
+    """The trained head's chain, and at each of its tokens the next likeliest beside it: a comb, level by level.
 
     Args:
         width: tokens per place, the chain's own included; 1 is the chain.
@@ -192,15 +155,23 @@ class HeadTree(HeadDraft):
     def shipped(cls, width: int = 3, depth: int = 4) -> "HeadTree":
         return cls(HeadDraft.shipped().head, width, depth)
 
-    def propose_tree(self, input_ids: Tensor) -> DraftTree:
-        self._beside: list[list[int]] = []
-        chain = self.propose(input_ids, self.depth, Sampler(None, greedy=True)).tokens.tolist()
-        combs = [[*chain[:i], token] for i, tokens in enumerate(self._beside[: len(chain)]) for token in tokens]
-        return DraftTree.of_chains([chain, *combs])
+    def propose_tree(self, input_ids: Tensor, num_tokens: int | None = None) -> DraftTree:
+        depth = self.depth if num_tokens is None else num_tokens
+        return self.as_tree(self.propose_marked(input_ids, depth, Sampler(None, greedy=True)).tolist())
+
+    def propose_marked(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Tensor:
+        self._levels: list[Tensor] = []  # of each place the likeliest tokens, the chain's own first
+        chain, _, sure = self._draft(input_ids, min(self.depth, num_tokens), Sampler(None, greedy=True))
+        if len(chain) == 0:
+            return chain
+        tokens = torch.stack(self._levels).masked_fill(~sure[:, None], -1)
+        parents = [level * self.width if level >= 0 else -1 for level in range(-1, len(chain) - 1)]
+        behind = upload(parents, tokens.device)[:, None].expand_as(tokens)
+        return torch.cat([tokens.flatten(), behind.flatten()])
 
     def _choose(self, text: Tensor, logits: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
-        self._beside.append(self.head.vocabulary[logits[0].topk(self.width).indices].tolist()[1:])
-        return super()._choose(text, logits, sampler)
+        self._levels.append(self.head.vocabulary[logits[0].topk(self.width).indices])
+        return self._levels[-1][:1], None
 
 
 # ---------------------------------------------------------------------------------------------- decoding

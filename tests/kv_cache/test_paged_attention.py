@@ -232,10 +232,10 @@ def test_bad_arguments_are_refused():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "decode with all", "chunk with all"])
+@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "decode with all", "chunk with all", "decode tree"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_kernels_compile_without_a_spill(arch, kind, head_dim):
-    """ "all": window, soft cap and sinks."""
+    """ "all": window, soft cap and sinks; "tree": a mask among the newest tokens."""
     from optinfer_kernels.compile import SHARED_MEMORY, compile_for
     from optinfer_kernels.paged_attention import add_splits_kernel, paged_attention_kernel, tile_for
 
@@ -243,9 +243,9 @@ def test_kernels_compile_without_a_spill(arch, kind, head_dim):
     tile = tile_for(arch, torch.float16, head_dim, 4 if decode else 512)
     constants = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE": 16, "BLOCK_M": tile.block_m}
     constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": decode, "PRECISION": "tf32"}
-    constants |= dict.fromkeys(["WINDOW", "SOFTCAP", "SINKS"], everything)
+    constants |= dict.fromkeys(["WINDOW", "SOFTCAP", "SINKS"], everything) | {"TREE": "tree" in kind}
     types = {"q_ptr": "*fp16", "out_ptr": "*fp16", "scale": "fp32", "cap_scale": "fp32"}
-    types |= dict.fromkeys(["k_ptr", "v_ptr"], "*i8" if int8 else "*fp16")
+    types |= dict.fromkeys(["k_ptr", "v_ptr"], "*i8" if int8 else "*fp16") | {"tree_ptr": "*i8"}
     types |= dict.fromkeys(["table_ptr", "length_ptr", "start_ptr"], "*i32")
     types |= dict.fromkeys(["k_scale_ptr", "v_scale_ptr", "sink_ptr", "part_ptr", "lse_ptr"], "*fp32")
     signature = {n: types.get(n, "i32") for n in paged_attention_kernel.arg_names if n not in constants}

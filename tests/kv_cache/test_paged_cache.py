@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from optinfer.kv_cache import OutOfBlocks, PagedCache, kv_bytes_per_token
-from optinfer.kv_cache.pool import quantize_kv
+from optinfer.kv_cache.pool import KVPool, quantize_kv
 
 MODES = {
     "greedy": {},
@@ -163,3 +163,20 @@ def test_int8_stays_close_to_the_model(tiny_model):
         exact = tiny_model(tokens).logits
         rounded = tiny_model(tokens, past_key_values=scrambled(tiny_model, dtype=torch.int8)).logits
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_single_tokens_move_all_at_once(dtype):
+    """A slot may be read and written in one call: each gets what lay there before."""
+    pool = KVPool(2, 3, 8, num_blocks=4, block_size=4, dtype=dtype, device=torch.get_default_device())
+    slots = torch.arange(16)
+    for layer in range(2):
+        pool.write(layer, slots, *(torch.randn(16, 3, 8) for _ in range(2)))
+    before = [tensor.clone() for tensor in pool._tensors()]
+    moves = [(9, 4), (4, 5), (5, 9), (14, 2)]
+    pool.move_tokens(moves)
+    pool.move_tokens([])
+    come_from = {target: source for source, target in moves}
+    for old, new in zip(before, pool._tensors()):
+        expected = old.flatten(1, 2)[:, [come_from.get(slot, slot) for slot in range(16)]]
+        assert torch.equal(new.flatten(1, 2), expected)

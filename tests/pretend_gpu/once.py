@@ -92,8 +92,10 @@ def _held(x: Any) -> Any:
 
 
 def _kind(x: Any) -> Any:
-    """What a kernel's way through its code depends on: dtypes, last dimensions, how large the others are."""
+    """What a kernel's way through its code depends on: dtypes, last dimensions (not of masks), how large the others are."""
     if isinstance(x, torch.Tensor):
+        if x.dtype == torch.bool:
+            return x.dtype, *(n.bit_length() for n in x.shape)
         return x.dtype, *(n.bit_length() for n in x.shape[:-1]), *x.shape[-1:]
     if isinstance(x, (list, tuple)):
         return tuple(map(_kind, x))

@@ -6,7 +6,7 @@ import transformers
 
 import optinfer
 from optinfer.serving import Engine, SamplingParams
-from optinfer.speculative import ModelDraft, PromptLookupDraft
+from optinfer.speculative import HeadTree, LookupTree, ModelDraft, PromptLookupDraft
 from optinfer.speculative.draft_head import DraftHead, HeadDraft
 
 TINY = {
@@ -74,6 +74,20 @@ def test_a_step_with_a_trained_head(model, log, min_confidence):
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     assert waits_per_step(engine, log, params) <= 2, str(log)
     assert engine.stats.draft_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["lookup", "head"])
+def test_a_step_with_trees(model, log, name):
+    """As with chains: once for the trees of all sequences together, if they come from the GPU, and once for their tokens."""
+    head = DraftHead.for_model(model, torch.arange(3, 90))
+    draft, most = (LookupTree(), 1) if name == "lookup" else (HeadTree(head, min_confidence=0.0), 2)
+    engine = Engine(model, num_blocks=90, block_size=4, draft=draft, adaptive_drafts=False)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    assert waits_per_step(engine, log, params) <= most, str(log)
+    chunks = [chunk for record in engine.log[4:] for chunk in record.chunks]
+    assert any(chunk.drafted > chunk.accepted for chunk in chunks)
+    if name == "head":
+        assert all(chunk.drafted in (0, 12) for chunk in chunks)
 
 
 def waits_and_rounds(model, log, draft, tokens, options):

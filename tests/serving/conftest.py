@@ -1,7 +1,11 @@
 """Small random models in fp32, and the reference: transformers' `generate`, one prompt at a time."""
 
+import random
+
 import pytest
 import torch
+
+from optinfer.speculative import DraftTree, TreeDraft
 
 
 def build(config, seed=0):
@@ -132,3 +136,28 @@ def scripted():
 @pytest.fixture(scope="session")
 def byte_tokenizer_class():
     return ByteTokenizer
+
+
+class KnowingTree(TreeDraft):
+    """Some guesses at random, and among them what is right, as far as the texts are known: rarely the first branch."""
+
+    on_host = True
+
+    def __init__(self, texts, seed=0, vocabulary=97):
+        self.texts, self.rng, self.vocabulary = texts, random.Random(seed), vocabulary
+
+    def propose_tree(self, input_ids, num_tokens=None):
+        text = input_ids[0].tolist()
+        right = next((full[len(text) :] for full in self.texts if full[: len(text)] == text), [])
+        right = right[: self.rng.randint(0, 6)]
+        wrong = [self._guess(self.rng.randint(1, 4)) for _ in range(self.rng.randint(0, 3))]
+        branches = [*wrong, right, right[:1] + self._guess(2), right[:2] + self._guess(1)]
+        return DraftTree.of_chains(branch[:num_tokens] for branch in branches)
+
+    def _guess(self, length):
+        return [self.rng.randrange(3, self.vocabulary) for _ in range(length)]
+
+
+@pytest.fixture(scope="session")
+def knowing_tree():
+    return KnowingTree

@@ -29,7 +29,7 @@ SCHEDULES = st.fixed_dictionaries(
         "policy": st.sampled_from(["continuous", "prefill_first", "static"]),
         "chunked_prefill": st.booleans(),
         "prefix_caching": st.booleans(),
-        "draft": st.sampled_from([None, "prompt_lookup", "model"]),
+        "draft": st.sampled_from([None, "prompt_lookup", "model", "tree"]),
         "num_draft_tokens": st.sampled_from([1, 3, 6]),
         "adaptive_drafts": st.booleans(),
         "fuse": st.booleans(),
@@ -39,10 +39,13 @@ SCHEDULES = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SCHEDULES, st.lists(st.tuples(prompts(), st.integers(0, 6), st.booleans()), min_size=1, max_size=9))
-def test_any_schedule_gives_the_text_of_generate(model, reference, schedule, arrivals):
+def test_any_schedule_gives_the_text_of_generate(model, reference, knowing_tree, schedule, arrivals):
     """`arrivals`: (prompt, engine steps before the next one arrives, cancelled later)."""
     if schedule["draft"] == "model":  # the target as its own draft: everything is accepted
         schedule = {**schedule, "draft": ModelDraft(model)}
+    if schedule["draft"] == "tree":
+        texts = [prompt + reference(prompt, MAX_TOKENS) for prompt, _, _ in arrivals]
+        schedule = {**schedule, "draft": knowing_tree(texts)}
     engine = Engine(model, **schedule)
     done, expected, cancelled = {}, {}, []
     for prompt, steps, cancel in arrivals:

@@ -22,7 +22,7 @@ def step(scheduler, token=9):
     schedule = scheduler.schedule()
     for chunk in schedule.chunks:
         samples = chunk.samples
-        scheduler.settle(chunk, 0)
+        scheduler.settle(chunk, [])
         if samples:
             chunk.sequence.token_ids.append(token)
     scheduler.manager.check_integrity()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optinfer.kv_cache import paged_attention
-from optinfer.speculative import DraftTree, LookupTree, accept_drawn, accept_path, drawn_law, tree_decoding
+from optinfer.speculative import DraftTree, LookupTree, TreeDraft, accept_drawn, accept_path, drawn_law, tree_decoding
 
 
 @st.composite
@@ -41,6 +41,17 @@ def test_shared_beginnings_are_one_node() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             DraftTree(tokens, parents)
+
+
+def test_a_chain_is_a_tree_of_one_branch() -> None:
+    chain = DraftTree.chain(iter([5, 5, 6]))
+    assert chain == DraftTree.of_chains([[5, 5, 6]]) and chain.depths == [1, 2, 3]
+    tree = DraftTree.of_chains([[1, 2], [3]])
+    assert tree.branches and not chain.branches and not DraftTree().branches and not tree.first(2).branches
+    assert tree.first(9) is tree and tree.first(2) == DraftTree.chain([1, 2]) and len(tree.first(0)) == 0
+    draft = TreeDraft()
+    assert draft.as_tree([1, 2, 3, -1, 0, -1]) == DraftTree([1, 2, 3], [-1, 0, -1])
+    assert draft.as_tree([1, -1, -1, -1, 0, 0]) == DraftTree.chain([1]) and not draft.as_tree([])
 
 
 def test_path() -> None:
@@ -146,29 +157,23 @@ def test_a_sampled_text_does_not_depend_on_the_tree(model) -> None:
     assert abs(float(share[k] - after[k])) < 4 * float((after[k] * (1 - after[k]) / pairs.sum()).sqrt())
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
-def test_tree_mask_through_paged_attention(backend: str) -> None:
+@pytest.mark.parametrize("before", [5, 37], ids=["within a tile", "across tiles"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "loops", "triton", "auto"])
+def test_tree_mask_through_paged_attention(backend: str, before: int) -> None:
     """Two sequences, one with a tree and one with a chain; the tree's answer is that of each branch on its own."""
+    if backend == "loops" and torch.get_default_device().type != "cpu":
+        pytest.skip("loops run on a CPU")
     g = torch.Generator(torch.get_default_device()).manual_seed(0)
-    tree = DraftTree.of_chains([[1, 2], [3], [1, 4, 5]])
-    n, before, size = len(tree) + 1, 5, 4
-    k, v = (torch.randn(8, size, 2, 16, generator=g) for _ in range(2))
-    tables = torch.tensor([[3, 1, 6], [0, 2, 7]])
+    tree = DraftTree.of_chains([[1, 2], [3], [1, 4, 5], [*range(6, 22)]])
+    n, size = len(tree) + 1, 4
+    k, v = (torch.randn(40, size, 2, 16, generator=g) for _ in range(2))
+    tables = torch.randperm(40, generator=g).view(2, 20)
     q = torch.randn(n + 2, 4, 16, generator=g)
     mask = torch.zeros(n + 2, n, dtype=torch.bool)
     mask[:n], mask[n:, :2] = tree.mask(), torch.ones(2, 2).tril().bool()
     starts = torch.tensor([0, n, n + 2])
-    out = paged_attention(
-        q,
-        k,
-        v,
-        tables,
-        torch.tensor([before + n, 6]),
-        backend=backend,
-        query_starts=starts,
-        max_queries=n,
-        tree_mask=mask,
-    )
+    options = {"backend": backend, "query_starts": starts, "max_queries": n}
+    out = paged_attention(q, k, v, tables, torch.tensor([before + n, 6]), tree_mask=mask, **options)
     keys, values = (x[tables[0]].flatten(0, 1).repeat_interleave(2, 1) for x in (k, v))
     for row in range(n):
         seen = [*range(before), *(before + j for j in tree.mask()[row].nonzero().flatten().tolist())]
@@ -177,7 +182,20 @@ def test_tree_mask_through_paged_attention(backend: str) -> None:
         torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
     chain = paged_attention(q[n:], k, v, tables[1:], torch.tensor([6]), query_starts=starts[:2] * 2 // n, max_queries=2)
     torch.testing.assert_close(out[n:], chain, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="tree_mask is not known to backend 'loops'"):
-        paged_attention(
-            q, k, v, tables, torch.tensor([before + n, 6]), backend="loops", query_starts=starts, tree_mask=mask
-        )
+    plain = paged_attention(q, k, v, tables, torch.tensor([before + n, 6]), **options)
+    assert not torch.allclose(out[:n], plain[:n], atol=1e-2)  # a mask that is not read would not pass
+
+
+def test_masks_that_cannot_be() -> None:
+    q, k = torch.randn(3, 2, 16), torch.randn(2, 4, 1, 16)
+    arguments = (q, k, k, torch.tensor([[0, 1]]), torch.tensor([5]))
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    options = {"query_starts": torch.tensor([0, 3]), "max_queries": 3}
+    for changed, error, message in [
+        ({"tree_mask": mask.float()}, TypeError, "tree_mask must be bool"),
+        ({"tree_mask": mask[:2]}, ValueError, r"tree_mask must be \[3, 3\]"),
+        ({"tree_mask": mask, "window": 4}, ValueError, "tree_mask and window=4 cannot be combined"),
+    ]:
+        for backend in ("reference", "sdpa", "loops", "triton"):
+            with pytest.raises(error, match=message):
+                paged_attention(*arguments, backend=backend, **options, **changed)
