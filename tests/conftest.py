@@ -1,6 +1,7 @@
 """Settings for all tests, made before torch is imported."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -16,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_configure(config):
     """With OPTINFER_TEST_DEVICE=cuda tensors and models that a test does not place are on the GPU (`make test-gpu`)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell; some tests interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if device := os.environ.get("OPTINFER_TEST_DEVICE"):
         import torch
 
