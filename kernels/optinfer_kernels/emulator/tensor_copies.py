@@ -6,7 +6,7 @@ A load lands only when nothing else can run; a store reads its tile only when so
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,13 +142,17 @@ class TensorCopies:
 
     def issue_store(self, t: TensorMap, start: list[int], place: int, thread: int, i: Instruction) -> None:
         m = self.m
+        tile = self.tile(t, start, place, i)
+        offset = tile.chunks.reshape(-1)
+        if not m.shared.allows(offset, 16, i, "tensor store"):
+            return
+        seen = watch_operand(
+            m, offset, [thread], i
+        )  # what is ordered before the store's wait may not be before the store
 
         def leave() -> None:
-            tile = self.tile(t, start, place, i)
-            offset = tile.chunks.reshape(-1)
-            if not m.shared.allows(offset, 16, i, "tensor store"):
-                return
-            watch_operand(m, offset, thread, i)
+            if m.races and (watch_operand(m, offset, [thread], i) != seen).any():
+                m.findings.add("race: source of a tensor store overwritten before its wait", i)
             data = m.shared.rows[offset // 16].reshape(len(tile.inside), tile.row_bytes)
             for row, there in tile.rows(m.memory, i, "tensor store"):
                 there[:] = data[row, tile.columns]
@@ -178,12 +182,18 @@ class TensorCopies:
             self.m.findings.add("block ends with a tensor load on its way", None)
 
 
-def watch_operand(m, offset: np.ndarray, thread: int, i: Instruction) -> None:
-    """Rows of 16 bytes of shared memory are read by TMA or wgmma, on behalf of a thread."""
-    if m.races:
+def watch_operand(m, offset: np.ndarray, threads: Iterable[int], i: Instruction) -> np.ndarray | None:
+    """Rows of 16 bytes of shared memory are read by TMA on behalf of a thread, or by wgmma for one of each warp.
+
+    Returns the versions that are there now; others at the end of the read say that it was too late.
+    """
+    if not m.races:
+        return None
+    for thread in threads:
         m.races.read(offset, 16, np.full(len(offset), thread), i)
-        if m.races.unfenced[m.races.units(offset, 16)].any():
-            m.findings.add("asynchronous read of an ordinary write without fence.proxy.async", i)
+    if m.races.unfenced[m.races.units(offset, 16)].any():
+        m.findings.add("asynchronous read of an ordinary write without fence.proxy.async", i)
+    return m.races.version[m.races.units(offset, 16)]
 
 
 # ---- instructions -----------------------------------------------------------------------------------------------

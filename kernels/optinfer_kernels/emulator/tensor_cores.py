@@ -70,6 +70,11 @@ class Queue:
     open: list[Product] = field(default_factory=list)
 
 
+def one_of_each_warp(group: int) -> range:
+    """Threads on whose behalf a group reads: its warps pass a wait one by one, and each knows of its own part only."""
+    return range(group * GROUP, (group + 1) * GROUP, 32)
+
+
 class Products:
     """Products that are on their way. They are computed when somebody waits for them, from what is then in memory."""
 
@@ -99,12 +104,7 @@ class Products:
         chunks = np.unique(address // 16) * 16
         if not self.m.shared.allows(chunks, 16, i, "wgmma"):
             return Operand(np.zeros_like(address), chunks[:0], None)
-        watch_operand(self.m, chunks, group * GROUP, i)
-        return Operand(address, chunks, self._versions(chunks))
-
-    def _versions(self, chunks: np.ndarray) -> np.ndarray | None:
-        races = self.m.races
-        return races.version[races.units(chunks, 16)] if races else None
+        return Operand(address, chunks, watch_operand(self.m, chunks, one_of_each_warp(group), i))
 
     def read(self, operand: Operand, kind: str) -> np.ndarray:
         """float32 [rows, K]"""
@@ -117,10 +117,12 @@ class Products:
             done = max(0, len(closed) - left)
             for product in itertools.chain(*closed[:done]):
                 for operand in product.operands:
-                    if operand.versions is not None:
-                        if (self._versions(operand.chunks) != operand.versions).any():
-                            self.m.findings.add("race: operand of a product overwritten before its wait", product.i)
-                        watch_operand(self.m, operand.chunks, group * GROUP, product.i)
+                    if operand.versions is None:
+                        continue
+                    if (
+                        watch_operand(self.m, operand.chunks, one_of_each_warp(group), product.i) != operand.versions
+                    ).any():
+                        self.m.findings.add("race: operand of a product overwritten before its wait", product.i)
                 product.compute()
             del closed[:done]
 
