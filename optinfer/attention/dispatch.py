@@ -181,7 +181,7 @@ def choose(p: Problem) -> tuple[Backend, str]:
     kernels = [name for name in fastest_first if obstacle(name, p) is None]
     if kernels and p.dtype != torch.float32:
         why = obstacle("sdpa", p) or "needs the whole mask in memory for this"
-        return kernels[0], f"sdpa {why}; the kernel does not"
+        return kernels[0], f"sdpa {why}; the kernel has no such limit"
     if obstacle("sdpa", p) is None:
         return "sdpa", "torch handles this with an explicit mask"
     return "online", f"sdpa {obstacle('sdpa', p)} and no kernel fits"
