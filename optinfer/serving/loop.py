@@ -105,7 +105,8 @@ class Loop:
                 )
             )
         self.forget_drafts([*schedule.preempted, *finished])
-        self._move(moves)
+        if moves:  # of trees alone; a rehearsal's runner has no pool
+            self._move(moves)
         stats, manager = self.stats, self.scheduler.manager
         used = manager.num_blocks - manager.num_free_blocks
         stats.steps += 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from optinfer.quantization import codebook, dequantize_4bit, nf4_from_quantiles, quantize_4bit
 from optinfer.quantization.formats.tensor import pack_bits, unpack_bits
 from optinfer.quantization.number_formats import DYNAMIC_INT8, dynamic_table
+from optinfer.quantization.schemes import SCHEMES, resolve_scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -113,7 +114,7 @@ def test_rows_and_slabs_agree_with_the_whole():
             assert torch.equal(q.rows(1, 3), whole[1:3])
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_packing_is_a_big_endian_stream(bits):
     for n in (1, 5, 8, 16, 21):
         codes = torch.randint(0, 1 << bits, (3, n), dtype=torch.uint8)
@@ -121,6 +122,18 @@ def test_packing_is_a_big_endian_stream(bits):
         stream = "".join(format(c, f"0{bits}b") for c in codes[0].tolist()).ljust(8 * packed.shape[1], "0")
         assert "".join(format(b, "08b") for b in packed[0].tolist()) == stream
         assert torch.equal(unpack_bits(packed, bits, n), codes)
+
+
+@pytest.mark.parametrize("bits", (0, 9))
+def test_codes_of_no_byte_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
+        pack_bits(torch.zeros(1, 8, dtype=torch.uint8), bits)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tensor_shows_itself_in_one_line(scheme):
+    shown = repr(resolve_scheme(scheme).quantize(torch.randn(32, 64)))
+    assert "\n" not in shown and len(shown) < 200 and "tensor(" not in shown
 
 
 def test_size():

@@ -32,7 +32,7 @@ GROUP = 32  # columns that share a scale and a minimum
 _FILE_BLOCK = 2 + 2 + GROUP // 2  # bytes: scale and minimum in fp16, then the codes
 
 
-@dataclass
+@dataclass(repr=False)  # as all formats show themselves
 class Q41Tensor(QuantizedTensor):
     """A matrix ``[out, in]``: `packed` uint8 ``[out, ceil(in / 2)]``, `scale` fp16 ``[out, ceil(in / 32)]``.
 

@@ -86,7 +86,7 @@ BLOCK_FORMATS = {
 }
 
 
-@dataclass
+@dataclass(repr=False)  # as all formats show themselves
 class BlockFloats(QuantizedTensor):
     """A matrix ``[out, in]`` of small floats. `packed` uint8 ``[out, ceil(in / 2)]`` or float8 ``[out, in]``; `scale`
     ``[out, groups]``, of fp8 ``[out, 1]``, ``[1, 1]`` or tiles ``[ceil(out / 128), ceil(in / 128)]``.

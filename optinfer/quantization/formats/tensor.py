@@ -33,8 +33,15 @@ SLAB = 1 << 20
 # ----------------------------------------------------------------------------------------- bits and bytes
 def _word(bits: int) -> tuple[int, int]:
     """Codes and bytes of the shortest whole number of bytes: 3 bits -> 8 codes in 3 bytes."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
     codes = 8 // math.gcd(bits, 8)
     return codes, codes * bits // 8
+
+
+def _integer(num_bytes: int) -> torch.dtype:
+    """One that holds so many bytes without its sign: 5 and 7 bits need words of 5 and 7 bytes."""
+    return torch.int32 if num_bytes < 4 else torch.int64
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -43,7 +50,10 @@ def packed_width(columns: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes ``[..., n]`` into bytes ``[..., ceil(n * bits / 8)]`` (uint8), first code highest."""
+    """Pack unsigned codes ``[..., n]`` of 1 to 8 bits into bytes ``[..., ceil(n * bits / 8)]`` (uint8), first code highest.
+
+    Raises: ValueError: `bits` is not among 1 to 8.
+    """
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes.contiguous()
@@ -56,9 +66,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         for i in range(1, per_word):
             word |= codes[..., i] << (8 - bits * (i + 1))
         return word[..., :width].contiguous()
-    word = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    whole = _integer(word_bytes)
+    word = torch.zeros(codes.shape[:-1], dtype=whole, device=codes.device)
     for i in range(per_word):
-        word |= codes[..., i].int() << (8 * word_bytes - bits * (i + 1))
+        word |= codes[..., i].to(whole) << (8 * word_bytes - bits * (i + 1))
     octets = [(word >> 8 * (word_bytes - 1 - i)).bitwise_and_(0xFF).to(torch.uint8) for i in range(word_bytes)]
     return torch.stack(octets, -1).flatten(-2)[..., :width].contiguous()
 
@@ -73,9 +84,10 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
         codes = torch.stack([(packed >> (8 - bits * (i + 1))) & mask for i in range(per_word)], -1)
         return codes.flatten(-2)[..., :columns]
     packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % word_bytes)).unflatten(-1, (-1, word_bytes))
-    word = packed[..., 0].int() << 8 * (word_bytes - 1)
+    whole = _integer(word_bytes)
+    word = packed[..., 0].to(whole) << 8 * (word_bytes - 1)
     for i in range(1, word_bytes):
-        word |= packed[..., i].int() << 8 * (word_bytes - 1 - i)
+        word |= packed[..., i].to(whole) << 8 * (word_bytes - 1 - i)
     shifts = [8 * word_bytes - bits * (i + 1) for i in range(per_word)]
     codes = torch.stack([((word >> s) & mask).to(torch.uint8) for s in shifts], -1)
     return codes.flatten(-2)[..., :columns]
