@@ -72,7 +72,7 @@ def cached(path: Path) -> Any | None:
         return None
 
 
-def executed(path: Path, timeout: float = 600) -> Any:
+def executed(path: Path, timeout: float = 1800) -> Any:
     """The notebook with its outputs: from the store, or executed in an empty folder and then kept.
 
     Raises:

@@ -16,7 +16,7 @@ from check_book import pages, problems  # noqa: E402
 @pytest.fixture(scope="module")
 def book() -> Path:
     done = subprocess.run(
-        [sys.executable, "scripts/build_book.py"], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        [sys.executable, "scripts/build_book.py"], cwd=ROOT, capture_output=True, text=True, timeout=3400
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "WARNING:" not in done.stderr, done.stderr[-4000:]

@@ -33,7 +33,7 @@ def all_text(notebook):
 
 
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unsolved_notebook_runs_to_the_end_without_a_traceback(name):
     notebook = notebook_cache.executed(ROOT / f"notebooks/exercises/{name}.ipynb")
@@ -46,7 +46,7 @@ def test_an_unsolved_notebook_runs_to_the_end_without_a_traceback(name):
 
 
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_check_of_a_solved_notebook_passes(name):
     shown = check_texts(notebook_cache.executed(ROOT / f"notebooks/solutions/{name}.ipynb"))

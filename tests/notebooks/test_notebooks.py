@@ -22,7 +22,7 @@ def fresh_store() -> None:
 
 
 @pytest.mark.notebook
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "notebooks").with_suffix("").as_posix())
 def test_runs_from_top_to_bottom(path: Path) -> None:
     notebook = notebook_cache.executed(path)
