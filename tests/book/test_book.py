@@ -24,6 +24,7 @@ def book() -> Path:
 
 
 @pytest.mark.book
+@pytest.mark.timeout(3600)
 def test_the_book_is_sound(book: Path) -> None:
     assert problems(book) == []
     built = {path.relative_to(book).with_suffix("").as_posix() for path in pages(book)}
@@ -32,6 +33,7 @@ def test_the_book_is_sound(book: Path) -> None:
 
 
 @pytest.mark.book
+@pytest.mark.timeout(3600)
 def test_every_widget_of_a_lesson_is_in_its_page(book: Path) -> None:
     from notebook_cache import cached
 

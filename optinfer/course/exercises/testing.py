@@ -29,6 +29,19 @@ def _shown(kernel: Any) -> str:
     return source_of(kernel).replace("  # fmt: skip", "")
 
 
+def _exercise(bugs: PlantedBugs, **text: Any) -> Exercise:
+    """What is asked of the reader; its inputs are the kernels."""
+    return Exercise(
+        cases=bugs.cases,
+        reference=bugs.expected,
+        run=bugs.run,
+        runs_the_package=True,
+        noun="kernel",
+        verb="judged rightly",
+        **text,
+    )
+
+
 # --------------------------------------------------------------------------------------------------- a 4-bit product
 @triton.jit
 def int4_kernel(
@@ -187,7 +200,8 @@ def int4_inputs() -> list[dict[str, int]]:
     ]
 
 
-INT4_INPUTS = Exercise(
+INT4_INPUTS = _exercise(
+    _INT4,
     id="quantization.int4_inputs",
     title="Find the bugs of a 4-bit product",
     difficulty=3,
@@ -203,12 +217,6 @@ mask reads only what the mask allows.
 
 BLOCK is {_BLOCK}. {_JUDGED}""",
     answer=int4_inputs,
-    cases=_INT4.cases,
-    reference=_INT4.expected,
-    run=_INT4.run,
-    runs_the_package=True,
-    noun="kernel",
-    verb="judged rightly",
     hints=(
         "Go through the kernel line by line. For which sizes would the line do the same if it were wrong?",
         "What is whole, even, square or 1 hides bugs: masks need sizes that end inside a tile, strides need sizes that differ and more than one row. But what is never whole hides bugs too: some round up where nothing is left over.",
@@ -440,7 +448,8 @@ def flash_inputs() -> list[dict[str, int]]:
     ]
 
 
-FLASH_INPUTS = Exercise(
+FLASH_INPUTS = _exercise(
+    _ATTENTION,
     id="attention.flash_inputs",
     title="Find the bugs of a flash attention kernel",
     difficulty=3,
@@ -455,12 +464,6 @@ FLASH_INPUTS = Exercise(
 
 BLOCK and DIM are {_BLOCK}. {_JUDGED}""",
     answer=flash_inputs,
-    cases=_ATTENTION.cases,
-    reference=_ATTENTION.expected,
-    run=_ATTENTION.run,
-    runs_the_package=True,
-    noun="kernel",
-    verb="judged rightly",
     hints=(
         "Go through the kernel line by line. For which sizes, and for which scores, would the line do the same if it were wrong?",
         "What is whole, square or single hides bugs: lengths that end inside a tile, q_len and kv_len that differ, more than one head of keys with more than one query head each. A causal mask hides what lies past the last key. Scores near 0 need no maximum.",
