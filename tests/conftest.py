@@ -1,8 +1,10 @@
 """Settings for all tests, made before torch is imported."""
 
 import os
+import re
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A busy machine must not fail a test: no example has to be ready in time.
@@ -23,3 +25,9 @@ def pytest_configure(config):
         import torch
 
         torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(items):
+    """Two workers must name every test alike; an object's address in a name differs from process to process."""
+    if moving := [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+", item.nodeid)]:
+        raise pytest.UsageError(f"names of tests hold addresses of objects, give them `ids`: {', '.join(moving)}")

@@ -198,7 +198,11 @@ def test_a_move_that_fails_loses_no_request(model, reference, draft, monkeypatch
     assert [done[request_id] for request_id in ids] == [reference(p, 14) for p in PROMPTS]
 
 
-@pytest.mark.parametrize("drafts", [[LookupTree()], [LookupTree(), "head"], ["prompt_lookup", "head"]], ids=str)
+@pytest.mark.parametrize(
+    "drafts",
+    [[LookupTree()], [LookupTree(), "head"], ["prompt_lookup", "head"]],
+    ids=["lookup", "both", "chain and head"],
+)
 def test_the_drafters_of_trees_that_we_have(model, reference, drafts):
     """Alone and in turn, with chains beside them; an untrained head guesses at random."""
     torch.manual_seed(3)
