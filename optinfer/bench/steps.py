@@ -18,8 +18,9 @@ from optinfer.serving import Engine
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Ours, and llama.cpp's name for as many bits; its 8 and 4 bits include the head, ours leave that in bf16.
-FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+# Ours, and llama.cpp's name for as many bits, if it has one. Its 8 and 4 bits include the head: so ours run twice, with the
+# head as it was, and with a copy of it in the same format.
+FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0", "nf4": None}
 BATCHES = (1, 8, 16, 64)
 PROMPT, NEW_TOKENS = 16, 40
 
@@ -36,16 +37,20 @@ def beside_llama_cpp(
     for name, theirs in FORMATS.items():
         own = model if name == "bf16" else quantize(copy.deepcopy(model), name, progress=False)
         with contextlib.ExitStack() as stack:
-            peers: dict[str, Callable[[list[TraceRequest]], list[Served]]] = {
-                "optinfer engine": lambda trace, own=own: served(run_engine(Engine(own, num_blocks=512), trace))  # type: ignore[misc]
-            }
-            if python:
+            peers: dict[str, Callable[[list[TraceRequest]], list[Served]]] = {"optinfer engine": _ours(own)}
+            if name != "bf16":
+                peers["optinfer engine, head too"] = _ours(own, head=name)
+            if python and theirs:
                 peer = stack.enter_context(contextlib.closing(LlamaCpp(python, theirs)))
                 peers[peer.name] = peer.serve
             for batch in batches:
                 taken = _in_turns(peers, _trace(model, batch), rounds)
                 rows += [row(name, peer, f"step, batch {batch}", samples) for peer, samples in taken.items()]
     return rows
+
+
+def _ours(model: PreTrainedModel, head: str | None = None) -> Callable[[list[TraceRequest]], list[Served]]:
+    return lambda trace: served(run_engine(Engine(model, num_blocks=512, head=head), trace))
 
 
 def _trace(model: Any, batch: int) -> list[TraceRequest]:
