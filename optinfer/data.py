@@ -4,7 +4,10 @@ import functools
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+Split = Literal["calibration", "evaluation"]
+PromptKind = Literal["chat", "code", "rewrite", "summarize"]
 
 _MARKER = "data/README.md"
 
@@ -45,18 +48,17 @@ def path(name: str) -> Path:
     return found
 
 
-def text(split: Literal["calibration", "evaluation"] = "evaluation") -> str:
+def text(split: Split = "evaluation") -> str:
     """English prose: ``"calibration"`` or ``"evaluation"``, about 30k tokens each, from different novels."""
-    if split not in ("calibration", "evaluation"):
+    if split not in get_args(Split):
         raise ValueError(f"split must be 'calibration' or 'evaluation', not {split!r}")
     return path(f"text/{split}.txt").read_text(encoding="utf-8")
 
 
-def prompts(kind: str) -> list[str]:
+def prompts(kind: PromptKind) -> list[str]:
     """User messages of one kind: ``"chat"``, ``"summarize"``, ``"rewrite"`` or ``"code"``."""
-    kinds = sorted(p.stem for p in path("prompts").glob("*.json"))
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
+    if kind not in get_args(PromptKind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(PromptKind))}, not {kind!r}")
     return json.loads(path(f"prompts/{kind}.json").read_text(encoding="utf-8"))
 
 

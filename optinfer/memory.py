@@ -5,7 +5,7 @@ Everything is in bytes and follows from counting; nothing is fitted. One gigabyt
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optinfer.kv_cache.layers import LayerCache, cache_layers
 
@@ -180,7 +180,8 @@ MODELS = {
 # fmt: on
 
 # Memory as sold, in GB.
-GPUS = {"T4": 16, "L4 or RTX 4090": 24, "A100 or H100": 80, "H200": 141}
+Gpu = Literal["T4", "L4 or RTX 4090", "A100 or H100", "H200"]
+GPUS: dict[Gpu, int] = {"T4": 16, "L4 or RTX 4090": 24, "A100 or H100": 80, "H200": 141}
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,10 @@ class MemoryPlan:
     def total(self) -> float:
         return self.weights + self.kv_cache + self.activations
 
-    def fits(self, gpu: str, count: int = 1) -> bool:
-        """Whether it fits ``count`` GPUs of this kind; a key of `GPUS`."""
+    def fits(self, gpu: Gpu, count: int = 1) -> bool:
+        """Whether it fits ``count`` GPUs of this kind. Raises ValueError for one that is not in `GPUS`."""
+        if gpu not in GPUS:
+            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
         return self.total <= GPUS[gpu] * 1e9 * count
 
 

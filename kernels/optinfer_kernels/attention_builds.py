@@ -1,15 +1,19 @@
 """The attention kernels as they would be launched, compiled for any GPU: for the compile gate, and to look at."""
 
+from typing import Literal, get_args
+
 import torch
 
 from optinfer_kernels import flash_attention, flash_attention_tma, flash_attention_ws
 from optinfer_kernels.compile import CompiledKernel, compile_for
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Kernel = Literal["flash_attention", "flash_attention_tma", "flash_attention_ws"]
+Dtype = Literal["fp16", "bf16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def compile_attention(
-    kernel: str, arch: int, dtype: str, head_dim: int, causal: bool = True, extras: bool = False
+    kernel: Kernel, arch: int, dtype: Dtype, head_dim: int, causal: bool = True, extras: bool = False
 ) -> CompiledKernel:
     """The build that `flash_attention` of module `kernel` would launch on compute capability `arch` (90 is Hopper).
 
@@ -29,7 +33,7 @@ def compile_attention(
         function = flash_attention_ws.flash_attention_ws_kernel
         tile = flash_attention_ws.tile_for(head_dim)
     else:
-        raise ValueError(f"kernel must be flash_attention, flash_attention_tma or flash_attention_ws; not {kernel!r}")
+        raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; not {kernel!r}")
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": head_dim,

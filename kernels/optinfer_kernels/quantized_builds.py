@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -11,8 +11,10 @@ from optinfer_kernels.quantized_arguments import INT4
 from optinfer_kernels.quantized_matmul import BLOCK_K, BLOCK_N, quantized_matmul_kernel
 from optinfer_kernels.quantized_matmul_fast import Tile, decoding, quantized_matmul_fast_kernel, tile_for
 
+Product = Literal["codebook", "int4", "int4 affine", "int8"]
 READABLE_TILE = Tile(1, BLOCK_N, BLOCK_K, 4, 3)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+Dtype = Literal["fp16", "bf16"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class QuantizedBuild:
 
 
 def compile_quantized(
-    scheme: str,
+    scheme: Product,
     arch: int,
-    dtype: str = "bf16",
+    dtype: Dtype = "bf16",
     tokens: int = 1,
     group_size: int = 64,
     nested: bool = False,
@@ -49,8 +51,8 @@ def compile_quantized(
     scheme: "codebook" (with `codebook`, its 16 values), "int4", "int4 affine" or "int8".
     readable: the kernel of `quantized_matmul`, else the one of `quantized_matmul_fast`.
     """
-    if scheme not in ("codebook", "int4", "int4 affine", "int8"):
-        raise ValueError(f"scheme must be codebook, int4, int4 affine or int8; not {scheme!r}")
+    if scheme not in get_args(Product):
+        raise ValueError(f"scheme must be one of {', '.join(get_args(Product))}; not {scheme!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; not {dtype!r}")
     if scheme == "codebook" and codebook is None:

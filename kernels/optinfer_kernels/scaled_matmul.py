@@ -7,7 +7,7 @@ here: one kernel, and what the compiler made of it can be counted (`compile_scal
 restored to bfloat16, exactly, and scaled after the sum.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -25,6 +25,9 @@ SCALES = {
     torch.float8_e4m3fn: 16,
     torch.float32: 0,
 }  # dtype of the scales -> columns that share one; 0: all
+
+
+Form = Literal["e2m1", "e4m3"]  # of the codes
 
 
 def tile_for(arch: int) -> tuple[int, int, int]:
@@ -140,6 +143,8 @@ def scaled_matmul(
 
 def check_architecture(arch: int, formats: set[str], group: int) -> None:
     """Raise ValueError for what Triton cannot compile for compute capability `arch`."""
+    if unknown := formats - {*get_args(Form), "bf16"}:
+        raise ValueError(f"formats are {', '.join(get_args(Form))} and bf16, not {', '.join(sorted(unknown))}")
     if group == 16 and (arch < 100 or formats != {"e2m1"}):
         raise ValueError(
             f"E4M3 scales (NVFP4) are multiplied by hardware alone, 4 bits by 4 bits: not on {arch} of {formats}"
@@ -157,7 +162,9 @@ def _format(codes: torch.Tensor) -> tuple[str, int]:
     raise TypeError(f"codes must be uint8 (E2M1) or float8_e4m3fn, got {codes.dtype}")
 
 
-def compile_scaled(arch: int, form: str = "e2m1", x_form: str = "bf16", group: int = 32) -> CompiledKernel:
+def compile_scaled(
+    arch: int, form: Form = "e2m1", x_form: Form | Literal["bf16"] = "bf16", group: int = 32
+) -> CompiledKernel:
     """The kernel as it would run on compute capability `arch`.
 
     Args:

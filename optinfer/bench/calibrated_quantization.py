@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from optinfer import data, hardware, models, results
 from optinfer.bench.rows import CalibratedQuantizationRow, read
 from optinfer.quantization.methods.calibrate import calibrate
-from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, dequantize, rung
+from optinfer.quantization.methods.ladder import CALIBRATION, EIGHT_BITS, METHODS, Rung, dequantize, rung
 from optinfer.quantization.quality import perplexity
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ SUITE = "calibrated_quantization"
 EVALUATION_TOKENS = 8192
 GROUP_SIZE = 64
 LLM_COMPRESSOR = "llm-compressor"
-PEER_METHODS = ("gptq", "awq")
+PeerMethod = Literal["gptq", "awq"]
+PEER_METHODS = get_args(PeerMethod)
 
 
-def measure(method: str, bits: int) -> CalibratedQuantizationRow:
+def measure(method: Rung | Literal["none"], bits: int) -> CalibratedQuantizationRow:
     """The default model quantized by one method of ours: a row without names.
 
     8-bit activations stay quantized while judged.
@@ -64,7 +65,7 @@ def measure(method: str, bits: int) -> CalibratedQuantizationRow:
     return replace(row, **quality(model if method in EIGHT_BITS else dequantize(model), tokenizer))
 
 
-def measure_llm_compressor(method: str, bits: int) -> CalibratedQuantizationRow:
+def measure_llm_compressor(method: PeerMethod, bits: int) -> CalibratedQuantizationRow:
     """The same for llm-compressor's method: same model, same calibration tokens, judged by the same function.
 
     Raises:

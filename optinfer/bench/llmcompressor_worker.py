@@ -12,11 +12,12 @@ import json
 import os
 import sys
 import time
+from typing import Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def recipe(method: str, bits: int, group_size: int) -> list:
+def recipe(method: Literal["gptq", "awq"], bits: int, group_size: int) -> list:
     """The method with its authors' defaults, on affine grids."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier

@@ -24,7 +24,7 @@ from optinfer.speculative.sampler import Sampler
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-KINDS = {"copy": "rewrite", "summarize": "summarize", "open": "chat", "code": "code"}
+KINDS: dict[str, data.PromptKind] = {"copy": "rewrite", "summarize": "summarize", "open": "chat", "code": "code"}
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, device: "torch.device | str" = "cpu") -> "BatchEncoding":

@@ -7,12 +7,13 @@ import copy
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optinfer.bench.rows import QuantizationRow
 from optinfer.bench.serving import LlamaCpp, Served, TraceRequest, run_engine, served
 from optinfer.bench.worker import environment_of
 from optinfer.quantization import quantize
+from optinfer.quantization.schemes import SchemeName
 from optinfer.serving import Engine
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 # Ours, and llama.cpp's name for as many bits, if it has one. Its 8 and 4 bits include the head: so ours run twice, with the
 # head as it was, and with a copy of it in the same format.
-FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0", "nf4": None}
+FORMATS: dict[SchemeName | Literal["bf16"], str | None] = {
+    "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0", "nf4": None,
+}  # fmt: skip
 BATCHES = (1, 8, 16, 64)
 PROMPT, NEW_TOKENS = 16, 40
 
@@ -49,7 +52,7 @@ def beside_llama_cpp(
     return rows
 
 
-def _ours(model: PreTrainedModel, head: str | None = None) -> Callable[[list[TraceRequest]], list[Served]]:
+def _ours(model: PreTrainedModel, head: SchemeName | None = None) -> Callable[[list[TraceRequest]], list[Served]]:
     return lambda trace: served(run_engine(Engine(model, num_blocks=512, head=head), trace))
 
 

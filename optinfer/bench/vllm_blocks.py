@@ -12,9 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 from optinfer.bench.rows import KVCacheRow
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 BLOCK_SIZE = 16
 
@@ -41,7 +44,7 @@ class Pool:
         for request in held[: num_blocks // blocks // 10 + 1]:
             self.manager.free(request)
 
-    def allocate(self, name: str, tokens: list[int]) -> Any:
+    def allocate(self, name: str, tokens: list[int]) -> "Request":
         """A new request with blocks for all of its tokens; hashing, lookup and allocation, as its scheduler does it."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
@@ -54,7 +57,7 @@ class Pool:
         request.num_computed_tokens = len(tokens)
         return request
 
-    def append(self, request: Any) -> None:
+    def append(self, request: "Request") -> None:
         request.append_output_token_ids(1)
         self.manager.allocate_slots(request, 1)
 

@@ -107,7 +107,7 @@ def _tensors(expected: Tensor, got: Any, rtol: float, atol: float, where: str, d
     return Difference("nan" if lost.any() else "value", text)
 
 
-def show(value: Any, width: int = 200) -> str:
+def show(value: object, width: int = 200) -> str:
     """A value on one line: tensors with dtype and shape, long ones cut."""
     if isinstance(value, Tensor):
         flat = value.detach().reshape(-1)[:8].double().tolist()

@@ -219,7 +219,7 @@ class Exercise:
         return self.run(self.solution, *args) if self.run else self.solution(*args)
 
 
-def plain(answer: Any) -> Any:
+def plain(answer: object) -> Any:
     """The Python function inside a Triton kernel; anything else as it is."""
     return getattr(answer, "fn", answer)
 
@@ -233,7 +233,7 @@ def compiled(source: str, like: Any, title: str) -> Callable[..., Any]:
     return namespace[plain(like).__name__]
 
 
-def source_of(answer: Any) -> str:
+def source_of(answer: object) -> str:
     return textwrap.dedent(inspect.getsource(plain(answer))).strip()
 
 

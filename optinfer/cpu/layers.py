@@ -8,7 +8,7 @@ multiply 32: for few tokens faster than float32 weights, for many as fast.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def _taken(x: Tensor, weight: Tensor) -> bool:
     return not torch.compiler.is_compiling() and kernels() is not None
 
 
-def is_plain(layer: object) -> bool:
+def is_plain(layer: object) -> TypeGuard[nn.Linear]:
     """Whether a layer is torch's `nn.Linear` or ours, and no subclass that may compute something else."""
     return type(layer) in (nn.Linear, Linear)
 

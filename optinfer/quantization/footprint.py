@@ -12,7 +12,7 @@ from optinfer.quantization.experts import QuantizedExperts, transposed
 from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import select_layers
 from optinfer.quantization.linear import QuantizedLinear, matrix_of
-from optinfer.quantization.schemes import Scheme, resolve_scheme
+from optinfer.quantization.schemes import Scheme, SchemeName, resolve_scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +22,7 @@ __all__ = ["allocated_bytes", "empty_model", "memory_footprint"]
 
 def memory_footprint(
     config_or_model: PreTrainedConfig | nn.Module,
-    scheme: str | Scheme | None = None,
+    scheme: SchemeName | Scheme | None = None,
     *,
     dtype: torch.dtype | None = None,
     group_size: GroupSize = None,

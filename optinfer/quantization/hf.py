@@ -31,7 +31,7 @@ from optinfer.quantization.experts import (
 from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import recorded, replace_module, restore, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear, matrix_of, parameter_name
-from optinfer.quantization.schemes import Scheme, resolve_scheme
+from optinfer.quantization.schemes import Scheme, SchemeName, resolve_scheme
 
 __all__ = ["OptinferConfig", "OptinferQuantizer"]
 
@@ -55,7 +55,7 @@ class OptinferConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        scheme: str = "nf4",
+        scheme: SchemeName = "nf4",
         double_quant: bool = False,
         group_size: GroupSize = None,
         symmetric: bool = True,

@@ -13,7 +13,7 @@ from optinfer.quantization.experts import quantize_experts
 from optinfer.quantization.formats.tensor import GroupSize
 from optinfer.quantization.layers import Selection, replace_module, select_layers, unquantized_weights
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.schemes import Scheme, resolve_scheme
+from optinfer.quantization.schemes import Scheme, SchemeName, resolve_scheme
 
 __all__ = ["mark_quantized", "quantize", "refuse_quantized"]
 
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def quantize(
     model: Model,
-    scheme: str = "nf4",
+    scheme: SchemeName = "nf4",
     *,
     group_size: GroupSize = None,
     double_quant: bool = False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,13 +38,14 @@ NF4 = (
 _FP4_HALF = tuple(v / 12 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = _FP4_HALF + tuple(-v for v in _FP4_HALF)
 
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+CodebookName = Literal["nf4", "fp4"]
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 
 @cache
-def codebook(scheme: str, device: torch.device | str = "cpu") -> Tensor:
+def codebook(name: CodebookName, device: torch.device | str = "cpu") -> Tensor:
     """The 16 values of a 4-bit codebook, float32 ``[16]``, indexed by code."""
-    return torch.tensor(CODEBOOKS[scheme], dtype=torch.float32, device=device)
+    return torch.tensor(CODEBOOKS[name], dtype=torch.float32, device=device)
 
 
 def nf4_from_quantiles(offset: float = 0.9677083) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, BlockFloat
 from optinfer.quantization.formats.tensor import GroupSize, QuantizedTensor, Stored
 from optinfer.quantization.number_formats import CODEBOOKS
 
-__all__ = ["SCHEMES", "Scheme", "resolve_scheme"]
+__all__ = ["SCHEMES", "Scheme", "SchemeName", "resolve_scheme"]
+
+SchemeName = Literal[
+    "int8", "llm_int8", "int4", "int3", "int2", "nf4", "fp4", "fp8", "mxfp8", "mxfp4", "nvfp4", "q4_1"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ _FORMATS: dict[str, tuple[type[QuantizedTensor], int]] = {
 
 # Defaults: 8 bits need no groups; below that, groups of 64 divide the layers of small models where 128 does
 # not.
-SCHEMES: dict[str, Scheme] = {
+SCHEMES: dict[SchemeName, Scheme] = {
     "int8": Scheme("int8"),
     "llm_int8": Scheme("llm_int8"),
     "int4": Scheme("int4", 64),
@@ -103,7 +107,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def resolve_scheme(
-    name: str,
+    name: SchemeName,
     group_size: GroupSize = None,
     double_quant: bool = False,
     symmetric: bool = True,

@@ -8,7 +8,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optinfer import cpu
 from optinfer.cpu import structs
@@ -25,10 +25,11 @@ _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 class CompiledDecoder:
     """Computes packed batches with a model's weights. `of` says whether it can."""
 
-    def __init__(self, model: Any, pool: KVPool, head: Any):
+    def __init__(self, model: "PreTrainedModel", pool: KVPool, head: nn.Module):
         kernels = cpu.kernels()
         assert kernels is not None
-        config, base = model.config, model.model
+        config = model.config
+        base: Any = model.model  # torch takes a module's attributes for tensors
         self.kernels, self.model, self.pool = kernels, model, pool
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.hidden = pool.head_dim, config.hidden_size
@@ -54,7 +55,7 @@ class CompiledDecoder:
         )
 
     @staticmethod
-    def of(model: "PreTrainedModel", pool: KVPool, head: Any) -> "CompiledDecoder | None":
+    def of(model: "PreTrainedModel", pool: KVPool, head: nn.Module) -> "CompiledDecoder | None":
         """For models that `is_lean` knows; `head`: the layer that makes logits. None: no kernels, another device, or a layer
         that they cannot read.
         """
@@ -136,7 +137,7 @@ class _Unreadable(Exception):
     """A tensor of a kind or a shape that the kernels do not take."""
 
 
-def cpu_weight(layer: Any) -> cpu.CpuWeight | None:
+def cpu_weight(layer: nn.Module) -> cpu.CpuWeight | None:
     """A linear layer's weight as the kernels read it: plain layers, and quantized ones that say how."""
     if cpu.is_plain(layer):
         return cpu.CpuWeight.plain(layer.weight, layer.bias)

@@ -9,7 +9,7 @@ Not measured: no figure of this course comes from this path yet.
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ from optinfer.kv_cache.pool import KVPool
 from optinfer.serving.paged_batch import Chunk, PagedBatch
 
 
+class Graph(Protocol):
+    """A computation that was captured."""
+
+    def replay(self) -> Tensor:
+        """Run it again on what its input tensors hold by then; returns its output, the same tensor each time."""
+        ...
+
+
 class CudaGraph:
-    """One captured computation; `replay` runs it again on what its input tensors hold by then."""
+    """A `Graph` of CUDA."""
 
     def __init__(self, compute: Callable[[], Tensor]):
         stream = torch.cuda.Stream()
@@ -46,7 +54,7 @@ class GraphedDecode:
         max_length: longest context in tokens.
         max_size: largest batch; larger ones are not captured.
         backend: of `paged_attention`.
-        capture: makes a graph of a computation; it has a method `replay`.
+        capture: makes a graph of a computation.
     """
 
     def __init__(
@@ -56,13 +64,13 @@ class GraphedDecode:
         max_length: int,
         max_size: int = 64,
         backend: Backend = "auto",
-        capture: Callable[[Callable[[], Tensor]], Any] = CudaGraph,
+        capture: Callable[[Callable[[], Tensor]], Graph] = CudaGraph,
     ):
         self.pool, self.forward, self.backend, self.capture = pool, forward, backend, capture
         self.sizes = batch_sizes(max_size)
         self.table_width = min(-(-max_length // pool.block_size), pool.num_blocks)
         self.padding = Chunk([0], 0, [pool.num_blocks - 1])
-        self._graphs: dict[int, tuple[PagedBatch, Any]] = {}
+        self._graphs: dict[int, tuple[PagedBatch, Graph]] = {}
 
     def takes(self, chunks: list[Chunk], num_logits: list[int]) -> bool:
         """Whether the step is one token of each of not too many sequences."""

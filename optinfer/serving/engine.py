@@ -3,16 +3,17 @@
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from optinfer.kv_cache import BlockManager, num_blocks_for
 from optinfer.kv_cache.attention import Backend
-from optinfer.serving.intake import Intake
+from optinfer.quantization.schemes import SchemeName
+from optinfer.serving.intake import Intake, Message, Prompt
 from optinfer.serving.loop import Loop
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.output import Output, end_of_sequence
@@ -21,6 +22,10 @@ from optinfer.serving.request import Completion, Delta, Request, SamplingParams
 from optinfer.serving.scheduler import Policy, Scheduler
 from optinfer.serving.speculation import Speculator, batch_drafts
 from optinfer.serving.turns import FairLock, Interrupts
+from optinfer.speculative.by_name import DraftLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DEFAULT_KV_BYTES = 2**29
 
@@ -58,11 +63,11 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any = None,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         num_blocks: int | None = None,
         block_size: int = 16,
-        draft: Any = None,
+        draft: "DraftLike | None" = None,
         *,
         num_draft_tokens: int = 5,
         adaptive_drafts: bool = True,
@@ -73,7 +78,7 @@ class Engine:
         prefix_caching: bool = True,
         max_model_len: int | None = None,
         fuse: bool = True,
-        head: str | None = None,
+        head: SchemeName | None = None,
         attention_backend: Backend = "auto",
         kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
@@ -83,7 +88,8 @@ class Engine:
     ):
         config = model.config.get_text_config()
         self.model, self.tokenizer, self.clock = model, tokenizer, clock
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()  # torch takes a module's attributes for tensors
+        self.vocab_size: int = embeddings.weight.shape[0]
         self.max_model_len: int = max_model_len or getattr(config, "max_position_embeddings", None) or 2**31
         if num_draft_tokens < 1:
             raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
@@ -117,7 +123,7 @@ class Engine:
 
     def add_request(
         self,
-        prompt: Any,
+        prompt: Prompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         arrival: float | None = None,
@@ -152,7 +158,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | list[SamplingParams] | None = None,
         progress: bool = False,
         *,
@@ -201,7 +207,7 @@ class Engine:
 
     def chat(
         self,
-        messages: list[Any],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | list[SamplingParams] | None = None,
         progress: bool = False,
         *,
@@ -215,16 +221,16 @@ class Engine:
 
         Raises ValueError: there is no tokenizer, or it has no chat template.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("chat needs a tokenizer with a chat template; this engine has none")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         options = {"add_generation_prompt": True, **template, "tokenize": False}
         texts = [self.tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
         tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return self.generate(tokens, params, progress, salt=salt)
 
     def stream(
-        self, prompt: Any, params: SamplingParams | None = None, *, salt: str = ""
+        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str = ""
     ) -> Generator[Delta, None, None]:
         """Continue one prompt and yield its tokens and text as they come. Other requests advance with it.
 

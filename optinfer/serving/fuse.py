@@ -5,7 +5,7 @@ tensor, of which each layer's `weight` becomes a view; training, saving and movi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,25 @@ from optinfer import cpu
 
 
 @torch.no_grad()
-def merge(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+def merge(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the wide product; None for what is not a group of plain `nn.Linear` layers.
 
     Merging a group a second time returns the same memory.
     """
-    if not all(map(_is_plain, layers)) or len({layer.bias is None for layer in layers}) > 1:
+    plain = [layer for layer in layers if _is_plain(layer)]
+    biases = [layer.bias for layer in plain if layer.bias is not None]
+    if len(plain) < len(layers) or len(biases) not in (0, len(plain)):
         return None
-    weight = _in_one_piece([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else _in_one_piece([layer.bias for layer in layers])
+    weight = _in_one_piece([layer.weight for layer in plain])
+    bias = _in_one_piece(biases) if biases else None
     return weight, bias
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return cpu.is_plain(layer) and "forward" not in vars(layer) and not layer._forward_pre_hooks
 
 
-def _in_one_piece(parameters: list[nn.Parameter]) -> Tensor:
+def _in_one_piece(parameters: Sequence[Tensor]) -> Tensor:
     """The parameters' values one after the other, which the parameters are views of from now on."""
     first = parameters[0]
     sizes = [parameter.shape[0] for parameter in parameters]
@@ -42,7 +44,7 @@ def _in_one_piece(parameters: list[nn.Parameter]) -> Tensor:
     return whole
 
 
-def _adjacent(parameters: list[nn.Parameter]) -> bool:
+def _adjacent(parameters: Sequence[Tensor]) -> bool:
     """Whether each begins where the one before it ends, in the same memory."""
     storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     ends = [p.data_ptr() + p.nbytes for p in parameters[:-1]]

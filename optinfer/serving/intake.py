@@ -3,13 +3,22 @@
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
 
 from optinfer.serving.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# One prompt, in whatever form it comes: text, token ids, or a mapping that holds either (see `Intake.read`).
+Prompt = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]
+
+# What somebody says in a conversation: {"role", "content"}.
+Message = dict[str, Any]
 
 _KEYS = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}  # of what tokenizers return
 _OURS = ("prompt_token_ids", "prompt")
@@ -41,7 +50,7 @@ class Intake:
 
     def request(
         self,
-        prompt: Any,
+        prompt: Prompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
@@ -77,7 +86,7 @@ class Intake:
 
     # ------------------------------------------------------------ what a prompt may be
 
-    def read(self, prompts: Any) -> list[list[int]]:
+    def read(self, prompts: Prompt | Iterable[Prompt]) -> list[list[int]]:
         """Token ids of each prompt in whatever a user passes for one prompt or several.
 
         Text, token ids, arrays and tensors of one prompt [length] or several [prompts, length], what a tokenizer returns

@@ -11,7 +11,7 @@ engine calls the model as it is.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from optinfer.serving.fuse import merge
@@ -37,7 +37,7 @@ def is_lean(model: "PreTrainedModel") -> bool:
 class Product:
     """`x @ W.T + b` of one or more layers that read the same input, side by side: [tokens, sum of widths]."""
 
-    def __init__(self, *layers: Any):
+    def __init__(self, *layers: nn.Module):
         self.layers = layers
         self.merged = merge(layers)
 
@@ -66,8 +66,9 @@ class LeanDecoder:
     """Computes packed batches with a model's weights; see `is_lean`. `head`: the layer that makes logits; `max_length`: of a
     sequence, where CUDA graphs are captured."""
 
-    def __init__(self, model: Any, head: Any, max_length: int = 1024):
-        config, base = model.config, model.model
+    def __init__(self, model: "PreTrainedModel", head: nn.Module, max_length: int = 1024):
+        config = model.config
+        base: Any = model.model  # torch takes a module's attributes for tensors
         self.model = model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads

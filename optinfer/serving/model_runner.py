@@ -18,7 +18,7 @@ from optinfer.attention.needs import (
 from optinfer.kv_cache.attention import BACKENDS, Backend
 from optinfer.kv_cache.pool import KVPool
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.schemes import resolve_scheme
+from optinfer.quantization.schemes import SchemeName, resolve_scheme
 from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.lean_decoder import LeanDecoder, is_lean
@@ -62,11 +62,11 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: "PreTrainedModel",
         num_blocks: int,
         block_size: int,
         fuse: bool = True,
-        head: str | None = None,
+        head: SchemeName | None = None,
         attention_backend: Backend = "auto",
         kv_dtype: torch.dtype | None = None,
         cuda_graphs: bool | None = None,
@@ -77,7 +77,8 @@ class ModelRunner:
     ):
         if attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)}, got {attention_backend!r}")
-        self.model, self.backend, self.max_length = model, attention_backend, max_length
+        self.model: Any = model  # torch takes a module's attributes for tensors
+        self.backend, self.max_length = attention_backend, max_length
         self._fuse, self._compile = fuse, compile
         self._head = None if head is None else resolve_scheme(head)
         self._num_blocks, self._block_size, self._kv_dtype = num_blocks, block_size, kv_dtype

@@ -66,7 +66,12 @@ class Output:
     """
 
     def __init__(
-        self, scheduler: Scheduler, tokenizer: Any, eos: frozenset[int], max_model_len: int, stats: EngineStats
+        self,
+        scheduler: Scheduler,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        eos: frozenset[int],
+        max_model_len: int,
+        stats: EngineStats,
     ):
         self.scheduler, self.tokenizer, self.stats = scheduler, tokenizer, stats
         self._eos, self._max_model_len = eos, max_model_len
@@ -79,10 +84,10 @@ class Output:
         """
         if request.request_id in self.groups:
             raise ValueError(f"request_id {request.request_id!r} is taken by an unfinished request")
-        watched = self.tokenizer is not None and (done is None or bool(request.params.stop))
+        watched = done is None or bool(request.params.stop)
         live = []
         for index in range(request.params.n):
-            text = Detokenizer(self.tokenizer, request.params.stop) if watched else None
+            text = Detokenizer(self.tokenizer, request.params.stop) if watched and self.tokenizer is not None else None
             metrics = RequestMetrics(request.arrival, prompt_tokens=len(request.prompt_token_ids))
             live.append(Sequence(request, index, list(request.prompt_token_ids), metrics, text))
         live[0].forked = request.params.n == 1
@@ -173,7 +178,8 @@ class Output:
             return None
         if sequence.text is not None:
             return sequence.text.finish()
-        return self.tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: Any = self.tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text  # of one list of ids it is one string
 
     # ------------------------------------------------------------ applying
 
@@ -239,7 +245,7 @@ def _all_or_nothing(sequences: Iterable[list[Sequence]]) -> Iterator[None]:
         raise
 
 
-def end_of_sequence(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+def end_of_sequence(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
     """The ids that `model.generate` stops at."""
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)

@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +25,9 @@ from optinfer.kv_cache.attention import Backend, choose_backend, paged_attention
 from optinfer.kv_cache.pool import KVPool
 from optinfer.speculative.draft_tree import DraftTree
 from optinfer.upload import upload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 IMPLEMENTATION = "optinfer_serving"
 
@@ -188,7 +191,7 @@ _current: contextvars.ContextVar[PagedBatch] = contextvars.ContextVar("optinfer_
 
 
 @contextlib.contextmanager
-def attending(batch: PagedBatch, configs: list[Any]) -> Iterator[None]:
+def attending(batch: PagedBatch, configs: "list[PreTrainedConfig]") -> Iterator[None]:
     """While this lasts, the layers of the model with these configs attend over the batch's pages."""
     token = _current.set(batch)
     try:

@@ -6,13 +6,17 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Result = TypeVar("Result")
 
-def run_in_processes(work: Callable[..., Any], count: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
+
+def run_in_processes(
+    work: Callable[..., Result], count: int, *arguments: object, timeout: float = 300.0
+) -> list[Result]:
     """Call ``work(rank, count, *arguments)`` in `count` processes that can talk by `torch.distributed`.
 
     Args:

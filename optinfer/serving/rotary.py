@@ -21,8 +21,9 @@ class Angles:
     `positions`: how many at first. A captured CUDA graph goes on reading the table that it saw.
     """
 
-    def __init__(self, rotary: Any, dtype: torch.dtype, device: torch.device, positions: int = 1024):
-        self.rotary, self.dtype, self.device, self.positions = rotary, dtype, device, positions
+    def __init__(self, rotary: nn.Module, dtype: torch.dtype, device: torch.device, positions: int = 1024):
+        self.rotary: Any = rotary  # torch takes a module's attributes for tensors
+        self.dtype, self.device, self.positions = dtype, device, positions
         self._source: Any = None
         self._table = torch.empty(2, 0, 0, dtype=dtype, device=device)
 

@@ -5,9 +5,15 @@ Engines do not share pages. Requests that begin alike and land on different engi
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optinfer.serving.request import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from optinfer.serving.engine import Engine
+    from optinfer.serving.traffic import Rehearsal
+
+Routing = Literal["prefix", "load", "turns"]
 
 
 class Router:
@@ -23,9 +29,9 @@ class Router:
     Raises ValueError: no engine, or another policy.
     """
 
-    def __init__(self, engines: Sequence[Any], policy: str = "prefix", max_imbalance: int = 2048):
-        self.engines = list(engines)
-        choices: dict[str, Callable[[list[int]], int]] = {
+    def __init__(self, engines: "Sequence[Engine | Rehearsal]", policy: Routing = "prefix", max_imbalance: int = 2048):
+        self.engines: list[Engine | Rehearsal] = list(engines)
+        choices: dict[Routing, Callable[[list[int]], int]] = {
             "prefix": self._by_prefix, "load": self._by_load, "turns": self._by_turns,
         }  # fmt: skip
         if not self.engines:

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from optinfer.kv_cache import BlockManager, OutOfBlocks
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.paged_batch import Chunk
 from optinfer.serving.request import Sequence
-from optinfer.speculative.by_name import as_draft
+from optinfer.speculative.by_name import DraftLike, as_draft
 from optinfer.speculative.draft_length import PRIOR_SLOPE
 from optinfer.speculative.draft_tree import DraftTree
 from optinfer.speculative.drafters import Draft, ModelDraft, context_length, names
@@ -55,7 +55,12 @@ class BatchDraft(Protocol):
 
 
 def batch_drafts(
-    draft: Any, target: "PreTrainedModel", num_blocks: int, block_size: int, max_length: int, has_windows: bool = False
+    draft: DraftLike,
+    target: "PreTrainedModel",
+    num_blocks: int,
+    block_size: int,
+    max_length: int,
+    has_windows: bool = False,
 ) -> list[BatchDraft]:
     """Who drafts for the batch, in the order in which they are asked, for what a user passes as `draft` (see `as_draft`).
 
@@ -95,7 +100,7 @@ class PerSequence:
     the prefix cache that is not the first token of the prompt.
     """
 
-    def __init__(self, name: str, draft: Draft, target: Any):
+    def __init__(self, name: str, draft: Draft, target: "PreTrainedModel"):
         self.name, self.draft, self.target = (
             name,
             draft,

@@ -12,13 +12,13 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from optinfer.kv_cache import BlockManager
-from optinfer.serving.intake import Intake
+from optinfer.serving.intake import Intake, Prompt
 from optinfer.serving.loop import Loop
 from optinfer.serving.output import Output
 from optinfer.serving.paged_batch import Chunk
@@ -26,6 +26,9 @@ from optinfer.serving.records import EngineStats, StepRecord
 from optinfer.serving.request import Completion, RequestMetrics, SamplingParams
 from optinfer.serving.scheduler import Policy, Scheduler
 from optinfer.serving.turns import Interrupts
+
+if TYPE_CHECKING:
+    from optinfer.serving.engine import Engine
 
 # ---------------------------------------------------------------------------------------------- arrivals
 
@@ -189,7 +192,7 @@ class Rehearsal:
 
     def add_request(
         self,
-        prompt: Any,
+        prompt: Prompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         arrival: float | None = None,
@@ -208,7 +211,7 @@ class Rehearsal:
         return done
 
 
-def serve(engine: Any, trace: list[Arrival]) -> list[RequestMetrics]:
+def serve(engine: "Engine | Rehearsal", trace: list[Arrival]) -> list[RequestMetrics]:
     """Hand each request to the engine when its time has come, and step until all are done.
 
     Args:

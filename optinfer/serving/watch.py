@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,12 +70,12 @@ def without_lookers(model: nn.Module) -> nn.Module:
     return twin(model)
 
 
-def num_hooks(hooks: dict[int, Any]) -> int:
+def num_hooks(hooks: Mapping[int, object]) -> int:
     """How many of a module's hooks may change what it computes."""
     return sum(not _only_looks(hook) for hook in hooks.values())
 
 
-def _only_looks(hook: Any) -> bool:
+def _only_looks(hook: object) -> bool:
     return getattr(hook, "__module__", None) == _LOOKS_ON
 
 

@@ -1,14 +1,20 @@
 """What a user may pass as ``draft``, to `speculative_decoding` and to `Engine` alike."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from optinfer.speculative.drafters import ChainDraft, Draft, ModelDraft, PromptLookupDraft, QuantizedDraft
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def as_draft(draft: "str | Draft | torch.nn.Module | Sequence[Any]", trees: bool = False) -> Draft:
+DraftName = Literal["prompt_lookup", "head", "lookup_then_head", "int8", "nf4"]
+DraftLike: TypeAlias = "DraftName | Draft | PreTrainedModel | Sequence[DraftLike]"
+
+
+def as_draft(draft: DraftLike, trees: bool = False) -> Draft:
     """The drafter that is meant.
 
     Args:
@@ -42,7 +48,7 @@ def _head() -> Draft:
     return HeadDraft.shipped()
 
 
-_NAMED: dict[str, Callable[[], Draft]] = {
+_NAMED: dict[DraftName, Callable[[], Draft]] = {
     "prompt_lookup": PromptLookupDraft,
     "head": _head,
     "lookup_then_head": lambda: ChainDraft([PromptLookupDraft(min_ngram=2), _head()]),

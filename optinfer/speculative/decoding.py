@@ -4,14 +4,14 @@ model.generate(**inputs, custom_generate=optinfer.speculative_decoding, draft="p
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optinfer.speculative.by_name import as_draft
+from optinfer.speculative.by_name import DraftLike, as_draft
 from optinfer.speculative.draft_length import AdaptiveLength, FixedLength
 from optinfer.speculative.drafters import Draft, Proposal, context_length, names
 from optinfer.speculative.rollback import cached_tokens, check_can_truncate, truncate
@@ -20,7 +20,8 @@ from optinfer.speculative.statistics import Round, SpeculativeOutput, Statistics
 from optinfer.upload import upload
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
 # What `generate` prepares for a text; all of it is understood here, and nothing else is.
 _INPUTS_OF_TEXT = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
@@ -29,13 +30,13 @@ _INPUTS_OF_TEXT = {"attention_mask", "cache_position", "logits_to_keep", "past_k
 def speculative_decoding(
     model: "PreTrainedModel",
     input_ids: Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
-    draft: "str | Draft | torch.nn.Module | Sequence[Any]" = "prompt_lookup",
+    logits_processor: "LogitsProcessorList | None" = None,
+    stopping_criteria: "StoppingCriteriaList | None" = None,
+    generation_config: "GenerationConfig | None" = None,
+    draft: DraftLike = "prompt_lookup",
     num_draft_tokens: int = 5,
     adaptive_drafts: bool = True,
-    stream_to: Any = None,
+    stream_to: "BaseStreamer | None" = None,
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SpeculativeOutput:
@@ -57,7 +58,7 @@ def speculative_decoding(
         ValueError: a mode that cannot be combined (beams, several texts, no cache), an input that is not text, or a draft
             that does not fit.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get("past_key_values")
     _check_mode(model, input_ids, generation_config, cache, num_draft_tokens)
     _check_inputs(input_ids, model_kwargs)
     draft = as_draft(draft)
@@ -139,7 +140,9 @@ def _target_pass(
     return outputs.logits[0], outputs.hidden_states[-1] if needs_hidden else None
 
 
-def _append(read: Tensor, emitted: list[int], stopping_criteria: Any, stream_to: Any) -> tuple[Tensor, list[int], bool]:
+def _append(
+    read: Tensor, emitted: list[int], stopping_criteria: "StoppingCriteriaList | None", stream_to: "BaseStreamer | None"
+) -> tuple[Tensor, list[int], bool]:
     """Add the tokens one by one, as plain decoding would: any of them may be the last."""
     for count, token in enumerate(emitted, start=1):
         read = torch.cat([read, read.new_tensor([[token]])], dim=1)

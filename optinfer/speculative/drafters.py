@@ -18,7 +18,9 @@ from optinfer.speculative.rollback import check_can_truncate
 from optinfer.speculative.sampler import Sampler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optinfer.quantization.schemes import SchemeName
 
 
 @dataclass
@@ -89,13 +91,13 @@ class ModelDraft(Draft):
     """A smaller model with the target's tokenizer, or any model that is cheaper to run.
 
     Args:
-        model: a causal language model over the same vocabulary.
+        model: a causal language model over the same vocabulary; None: `bind` makes it of the target.
         min_confidence: stop drafting when the chance that the whole draft survives, by the draft's own reckoning, falls
             below this; 0 drafts to the end.
     """
 
-    def __init__(self, model: Any, min_confidence: float = 0.0):
-        self.model = model
+    def __init__(self, model: "PreTrainedModel | None", min_confidence: float = 0.0):
+        self.model: Any = model  # torch takes a module's attributes for tensors
         self.min_confidence = min_confidence
 
     def bind(self, target: "PreTrainedModel") -> None:
@@ -158,7 +160,7 @@ class QuantizedDraft(ModelDraft):
         options: passed on to `optinfer.quantize`.
     """
 
-    def __init__(self, scheme: str = "int8", min_confidence: float = 0.0, **options: Any):
+    def __init__(self, scheme: "SchemeName" = "int8", min_confidence: float = 0.0, **options: Any):
         super().__init__(None, min_confidence)
         self.scheme, self.options = scheme, options
         self._source: Any = None
@@ -230,7 +232,13 @@ class TextDraft(Draft):
         window: characters of text that the draft is shown.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, target_tokenizer: Any, window: int = 2000):
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        target_tokenizer: "PreTrainedTokenizerBase",
+        window: int = 2000,
+    ):
         self.model, self.tokenizer, self.target_tokenizer, self.window = model, tokenizer, target_tokenizer, window
 
     def propose(self, input_ids: Tensor, num_tokens: int, sampler: Sampler) -> Proposal:

@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
-def cached_tokens(cache: Any) -> int:
+def cached_tokens(cache: Cache) -> int:
     """How many tokens the cache holds."""
     return int(cache.get_seq_length())
 
 
-def truncate(cache: Any, num_tokens: int) -> None:
+def truncate(cache: Cache, num_tokens: int) -> None:
     """Keep the first ``num_tokens`` tokens of whatever cache this is: dynamic, static, or paged.
 
     Raises:
@@ -33,7 +33,7 @@ def truncate(cache: Any, num_tokens: int) -> None:
             layer.cumulative_length.sub_(extra)  # a static layer overwrites the rest; the causal mask hides it
 
 
-def check_can_truncate(cache: Any, whose: str = "this model") -> None:
+def check_can_truncate(cache: Cache, whose: str = "this model") -> None:
     """Raise ValueError unless every layer of the cache can forget its last tokens."""
     if hasattr(cache, "truncate"):
         return

@@ -1,13 +1,16 @@
 """From logits to tokens, for drafter and target alike: processors first, then greedy choice or the coin flip."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
 from optinfer.speculative.rejection import rejection_sample
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
 
 # Processors of transformers that answer from text and logits alone, however often they are asked.
 _WITHOUT_MEMORY = frozenset(
@@ -38,11 +41,12 @@ class Sampler:
 
     def __init__(
         self,
-        processors: Callable[[Tensor, Tensor], Tensor] | None,
+        processors: "LogitsProcessorList | Callable[[Tensor, Tensor], Tensor] | None",
         greedy: bool,
         generator: torch.Generator | None = None,
     ):
-        self.processors, self.greedy, self.generator = processors, greedy, generator
+        self.processors: Any = processors  # transformers asks for kinds of tensors that torch does not make
+        self.greedy, self.generator = greedy, generator
         self.in_turn = bool(processors) and not _without_memory(processors)
 
     @property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optinfer.speculative.draft_head import HeadDraft
+from optinfer.speculative.draft_head import DraftHead, HeadDraft
 from optinfer.speculative.draft_tree import DraftTree
 from optinfer.speculative.drafters import Draft, PromptLookupDraft
 from optinfer.speculative.rejection import residual_distribution
@@ -147,7 +147,7 @@ class HeadTree(TreeDraft, HeadDraft):
         min_confidence: as of `HeadDraft`.
     """
 
-    def __init__(self, head: Any, width: int = 3, depth: int = 4, min_confidence: float = 0.15):
+    def __init__(self, head: DraftHead, width: int = 3, depth: int = 4, min_confidence: float = 0.15):
         super().__init__(head, min_confidence)
         self.width, self.depth = width, depth
 
@@ -196,7 +196,7 @@ class TreeOutput:
 def tree_decoding(
     model: "PreTrainedModel",
     input_ids: Tensor,
-    draft: Any,
+    draft: TreeDraft,
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,

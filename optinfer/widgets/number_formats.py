@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1
+from optinfer.quantization.formats.small_floats import BLOCK_FORMATS, E2M1, BlockName
 from optinfer.quantization.number_formats import CODEBOOKS, FORMATS
 from optinfer.widgets.base import StaticWidget
 
@@ -90,12 +90,13 @@ class NumberFormats(StaticWidget):
             pattern = f.encode(value / scale)
             bits = " ".join(field for _, field in f.fields(pattern))
             lines.append(f"{f.name:9} {bits}  = {f.decode(pattern) * scale:.6g}")
-        for name in ("mxfp4", "nvfp4"):
+        names: tuple[BlockName, ...] = ("mxfp4", "nvfp4")
+        for name in names:
             q, restored = self.in_blocks(name)
             lines.append(f"{name.upper():9} {int(q.codes()[0, self.index]):04b}  = {restored[self.index]:.6g}")
         return "\n".join(lines)
 
-    def in_blocks(self, scheme: str) -> "tuple[QuantizedTensor, list[float]]":
+    def in_blocks(self, scheme: BlockName) -> "tuple[QuantizedTensor, list[float]]":
         """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
         import torch
 

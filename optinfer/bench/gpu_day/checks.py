@@ -24,7 +24,7 @@ from optinfer.kv_cache.attention import paged_attention, paged_attention_referen
 from optinfer.quantization.formats.gpu import as_kernel_weight
 from optinfer.quantization.formats.products import quantized_matmul as quantized_matmul_of
 from optinfer.quantization.model import quantize
-from optinfer.quantization.schemes import resolve_scheme
+from optinfer.quantization.schemes import SchemeName, resolve_scheme
 
 OUTPUT_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 
@@ -109,7 +109,7 @@ def _packed_products(device: torch.device, shapes: list[tuple[int, int]], tokens
 
 def _scaled_products(device: torch.device, shapes: list[tuple[int, int]], tokens: tuple[int, ...]) -> Rows:
     """Small floats in eight bits, where the GPU knows E4M3."""
-    e4m3 = ("fp8", "mxfp8") if (hardware.capability(device) or (0, 0)) >= (8, 9) else ()
+    e4m3: tuple[SchemeName, ...] = ("fp8", "mxfp8") if (hardware.capability(device) or (0, 0)) >= (8, 9) else ()
     for name, (rows, columns), count in itertools.product(e4m3, shapes, tokens):
         weight, x = _random(torch.bfloat16, (rows, columns), (count, columns))
         packed = resolve_scheme(name).quantize(weight)

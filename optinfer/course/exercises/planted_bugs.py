@@ -50,7 +50,7 @@ class PlantedBugs:
         for change, bug in self.changes.items():
             yield Case(bug.name, (change,), clue=bug.meaning)
 
-    def run(self, answer: Callable[[], Any], change: str) -> str:
+    def run(self, answer: Callable[[], object], change: str) -> str:
         """Whether the inputs that `answer` returns catch the kernel with this change; raises Refused."""
         tested = self.inputs(answer())
         no_tests = [one for one in tested if fails(self, "", tuple(one.items()))]
@@ -63,7 +63,7 @@ class PlantedBugs:
     def expected(self, change: str) -> str:
         return "not caught" if change == NO_CHANGE else "caught"
 
-    def inputs(self, answer: Any) -> list[Input]:
+    def inputs(self, answer: object) -> list[Input]:
         """What an answer returned, if all of it is allowed; raises Refused."""
         if not isinstance(answer, (list, tuple)) or not 1 <= len(answer) <= MOST:
             raise Refused(f"Return a list of 1 to {MOST} inputs, not {show(answer)}.")
@@ -87,7 +87,7 @@ class PlantedBugs:
 
 
 @lru_cache(maxsize=4096)
-def fails(planted: PlantedBugs, source: str, items: tuple[tuple[str, Any], ...]) -> bool:
+def fails(planted: PlantedBugs, source: str, items: tuple[tuple[str, object], ...]) -> bool:
     """Whether one input shows that a kernel is wrong; an empty source means the right one. Always the same numbers."""
     one = dict(items)
     with warnings.catch_warnings():

@@ -1,11 +1,17 @@
 """The default model for exercises that end in generated text; loaded once a session."""
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @cache
-def default_model(dtype: str = "float32") -> tuple[Any, Any]:
+def default_model(
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and its tokenizer, on the CPU; in float32 different orders of the same sum give the same tokens."""
     import torch
 
@@ -20,7 +26,9 @@ def plain_text(prompt: str, new_tokens: int) -> str:
     return greedy(*default_model(), prompt, new_tokens)
 
 
-def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any) -> str:
+def greedy(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, new_tokens: int, **options: Any
+) -> str:
     """The most likely continuation of a chat prompt."""
     import torch
 
@@ -37,7 +45,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: 
     return tokenizer.decode(out[0, inputs.shape[1] :])
 
 
-def chat(tokenizer: Any, prompt: str) -> Any:
+def chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "Tensor":
     """A prompt as token ids ``[1, length]``, in the model's chat format."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

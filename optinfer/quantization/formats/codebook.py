@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from optinfer.cpu import CpuWeight
 from optinfer.quantization.checks import check_choice, check_weight, refuse_options
 from optinfer.quantization.formats.tensor import GroupSize, NestedScale, QuantizedTensor, Stored, unpack_bits
-from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, codebook, dynamic_table
+from optinfer.quantization.number_formats import CODEBOOKS, DYNAMIC_INT8, CodebookName, codebook, dynamic_table
 from optinfer_kernels.quantized_arguments import NestedScale as KernelNestedScale
 from optinfer_kernels.quantized_arguments import QuantizedWeight, codebook_tensor
 
@@ -31,9 +31,6 @@ CHUNK = 1 << 18
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in bitsandbytes
 
 
-QuantType = Literal["nf4", "fp4"]
-
-
 class CodebookTensor(QuantizedTensor):
     """nf4, fp4: ``value = codebook[code] * absmax``, an absmax per block of the flattened tensor.
 
@@ -41,6 +38,7 @@ class CodebookTensor(QuantizedTensor):
     """
 
     SCALE = "absmax"
+    scheme: CodebookName
 
     @classmethod
     def settle(cls, scheme: Scheme, group_size: GroupSize, options: dict[str, Any]) -> Scheme:
@@ -52,7 +50,7 @@ class CodebookTensor(QuantizedTensor):
 
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-        return quantize_4bit(weight, cast(QuantType, scheme.name), scheme.group_size, scheme.double_quant)
+        return quantize_4bit(weight, cast(CodebookName, scheme.name), scheme.group_size, scheme.double_quant)
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
@@ -135,7 +133,7 @@ class CodebookTensor(QuantizedTensor):
 
 
 def quantize_4bit(
-    weight: Tensor, quant_type: QuantType = "nf4", group_size: int = 64, double_quant: bool = False
+    weight: Tensor, quant_type: CodebookName = "nf4", group_size: int = 64, double_quant: bool = False
 ) -> QuantizedTensor:
     """Quantize a tensor to NF4 or FP4.
 
@@ -156,7 +154,7 @@ def quantize_4bit(
         TypeError: `weight` is no tensor of those dtypes.
         ValueError: empty, NaN or Inf inside; unknown `quant_type` or `group_size`.
     """
-    check_choice(quant_type, get_args(QuantType), "quant_type")
+    check_choice(quant_type, get_args(CodebookName), "quant_type")
     check_choice(group_size, GROUP_SIZES, "group_size")
     check_weight(weight, ndim=None)
 
@@ -204,7 +202,7 @@ def nest(absmax: Tensor) -> NestedScale:
     return NestedScale(codes.view(-1)[: len(values)].clone(), outer, offset)
 
 
-def _nearest_codes(values: Tensor, quant_type: str, group_size: int) -> tuple[Tensor, Tensor]:
+def _nearest_codes(values: Tensor, quant_type: CodebookName, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8 ``[n]``) and absmax (float32 ``[blocks]``) of a flat float32 tensor.
 
     A value halfway between two levels goes to the lower one. Full blocks are multiplied by ``1 / absmax``, a short last block
@@ -221,7 +219,7 @@ def _nearest_codes(values: Tensor, quant_type: str, group_size: int) -> tuple[Te
     return _nearest_level(scaled, quant_type), absmax
 
 
-def _nearest_level(scaled: Tensor, quant_type: str) -> Tensor:
+def _nearest_level(scaled: Tensor, quant_type: CodebookName) -> Tensor:
     """The code of the level nearest to each value of a flat tensor in [-1, 1], uint8.
 
     What `torch.bucketize` with the fifteen midpoints would say, ten times faster: the range is cut into
@@ -242,7 +240,7 @@ def _bin(scaled: Tensor) -> Tensor:
 
 
 @cache
-def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+def _bins(quant_type: CodebookName, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """For each bin its threshold (the midpoint inside it, or infinity), and the level of the values up to it."""
     midpoints, order = _boundaries(quant_type, device)
     middle_bins = _bin(midpoints).long()
@@ -254,7 +252,7 @@ def _bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 @cache
-def _boundaries(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _boundaries(quant_type: CodebookName, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Midpoints between neighbouring levels, and the code of each level where levels are not sorted (FP4)."""
     code = codebook(quant_type, device)
     order = torch.argsort(code)
@@ -262,13 +260,13 @@ def _boundaries(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor |
     return midpoints, None if order.tolist() == list(range(16)) else order.to(torch.uint8)
 
 
-def _code_of_zero(quant_type: str) -> int:
+def _code_of_zero(quant_type: CodebookName) -> int:
     """The code that pads an odd number of weights to whole bytes: what 0.0 is quantized to."""
     return int(_nearest_level(torch.zeros(1, device="cpu"), quant_type))
 
 
 @cache
-def _pairs(scheme: str, device: torch.device) -> Tensor:
+def _pairs(name: CodebookName, device: torch.device) -> Tensor:
     """Both values of every possible byte, float32 ``[256, 2]``: one look-up restores two weights."""
-    code, byte = codebook(scheme, device), torch.arange(256, device=device)
+    code, byte = codebook(name, device), torch.arange(256, device=device)
     return torch.stack([code[byte >> 4], code[byte & 15]], 1)

@@ -18,7 +18,7 @@ codes in a byte: here the first sits in the high half, as in all our tensors; in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ E2M1 = _E2M1_HALF + tuple(-value for value in _E2M1_HALF)
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8
+BlockName = Literal["fp8", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4"]
 MxScale = Literal["round", "floor"]  # which power of two, see `quantize_blocks`
 TILE = 128  # rows and columns of fp8's tiles, as DeepSeek-V3 has them
 
@@ -55,8 +56,8 @@ class BlockFormat:
         scale: dtype of the stored scales; uint8 holds E8M0.
     """
 
-    name: str
-    element: str
+    name: BlockName
+    element: Literal["e2m1", "e4m3", "e5m2"]
     block: int
     scale: torch.dtype
 
@@ -74,7 +75,7 @@ class BlockFormat:
         return 6.0 if self.element == "e2m1" else torch.finfo(self.dtype).max
 
 
-BLOCK_FORMATS = {
+BLOCK_FORMATS: dict[str, BlockFormat] = {
     f.name: f
     for f in (
         BlockFormat("fp8", "e4m3", 0, torch.float32),
@@ -109,7 +110,7 @@ class BlockFloats(QuantizedTensor):
     @classmethod
     def make(cls, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         words: dict[int, GroupSize] = {0: "channel", -1: "tensor"}
-        return quantize_blocks(weight, scheme.name, words.get(scheme.group_size, scheme.group_size))
+        return quantize_blocks(weight, cast(BlockName, scheme.name), words.get(scheme.group_size, scheme.group_size))
 
     @classmethod
     def stored(cls, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
@@ -193,7 +194,7 @@ class BlockFloats(QuantizedTensor):
 
 
 def quantize_blocks(
-    weight: Tensor, scheme: str, group_size: GroupSize = None, mx_scale: MxScale = "round"
+    weight: Tensor, scheme: BlockName, group_size: GroupSize = None, mx_scale: MxScale = "round"
 ) -> BlockFloats:
     """Quantize a matrix to small floats.
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from optinfer.quantization.layers import restore
 from optinfer.quantization.methods.awq import Rounding, awq
 from optinfer.quantization.methods.gptq import gptq
 from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import quantize
+from optinfer.quantization.schemes import SchemeName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["CALIBRATION", "EIGHT_BITS", "METHODS", "dequantize", "rung"]
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq", "qat")
-EIGHT_BITS = ("w8a8", "smoothquant")  # weights and activations in 8 bits: rounded as they are, and smoothed first
+Method = Literal["rtn", "gptq", "awq", "awq+gptq", "qat"]
+EightBits = Literal["w8a8", "smoothquant"]  # weights and activations in 8 bits: rounded as they are, and smoothed first
+Rung = Method | EightBits
+METHODS, EIGHT_BITS = get_args(Method), get_args(EightBits)
 CALIBRATION: dict[str, Any] = {"num_sequences": 32, "length": 256}
 
 
 def rung(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: str,
+    method: Rung,
     bits: int,
     group_size: int = 64,
     symmetric: bool = False,
@@ -32,7 +35,9 @@ def rung(
     """Quantize a model in place by the name of the method; the ladder's grids are affine."""
     common: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if method == "rtn":
-        return quantize(model, f"int{bits}", group_size=group_size, symmetric=symmetric, progress=False)
+        return quantize(
+            model, cast(SchemeName, f"int{bits}"), group_size=group_size, symmetric=symmetric, progress=False
+        )
     if method == "gptq":
         return gptq(model, tokenizer, **common, **CALIBRATION, **options)
     if method in ("awq", "awq+gptq"):
