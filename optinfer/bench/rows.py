@@ -203,6 +203,22 @@ class SpeculativeRow(Sampled):
     acceptance: list[float] | None = None
 
 
+@dataclass(kw_only=True)
+class TileRow(Row):
+    """One tile of one kernel, its numbers in the kernel's order; `in_use`: launched today for `arch` or for so many tokens."""
+
+    kernel: str | None = name()
+    arch: int | None = name()
+    head_dim: int | None = name()
+    tokens: int | None = name()
+    tile: tuple[int, ...] | None = name()
+    in_use: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tile, list):  # as files hold it
+            self.tile = tuple(self.tile)
+
+
 ROWS: dict[str, type[Row]] = {
     "attention": AttentionRow,
     "calibrated_quantization": CalibratedQuantizationRow,
@@ -212,6 +228,7 @@ ROWS: dict[str, type[Row]] = {
     "quantized_matmul": QuantizedMatmulRow,
     "serving": ServingRow,
     "speculative": SpeculativeRow,
+    "tiles": TileRow,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from optinfer import results
 from optinfer.bench.gpu_day import tiles
 from optinfer.bench.gpu_day.steps import STEPS, Step
+from optinfer.bench.rows import TileRow
 from optinfer.folders import write_whole
 
 LOG_BYTES = 1 << 20  # of all steps together; the oldest lines go first
@@ -104,7 +105,8 @@ class Journal:
         return "\n".join(["# The day", "", *lines, "", "## What failed", "", *(failures or ["Nothing."])]) + "\n"
 
     def patch(self) -> str:
-        rows = [row for record in self.recordings.values() if record["suite"] == "tiles" for row in record["rows"]]
+        records = [record for record in self.recordings.values() if record["suite"] == "tiles"]
+        rows = [TileRow.read(row) for record in records for row in _without_step(record["rows"])]
         text = ""
         for path, before, after in tiles.proposals(rows):
             text += "".join(
@@ -117,12 +119,16 @@ class Journal:
         written = []
         for name, record in self.recordings.items():
             if record["suite"] != "tiles":
-                rows = [{k: v for k, v in row.items() if k != "step"} for row in record["rows"]]
                 order = ("suite", "device", "provenance")
-                content = {key: record[key] for key in order} | {"rows": rows}
+                content = {key: record[key] for key in order} | {"rows": _without_step(record["rows"])}
                 write_whole(folder / name, json.dumps(content, indent=1) + "\n")
                 written.append(folder / name)
         return written
+
+
+def _without_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as their suite knows them."""
+    return [{key: value for key, value in row.items() if key != "step"} for row in rows]
 
 
 def repeat(step: Step, folder: Path) -> str:

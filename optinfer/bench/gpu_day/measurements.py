@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from optinfer.bench import random_model
 from optinfer.bench import serving as serving_suite
 from optinfer.bench import speculative as speculative_suite
 from optinfer.bench.gpu_day import tiles
-from optinfer.bench.rows import AttentionRow, PagedAttentionRow, QuantizedMatmulRow, ServingRow, SpeculativeRow
+from optinfer.bench.rows import AttentionRow, PagedAttentionRow, QuantizedMatmulRow, ServingRow, SpeculativeRow, TileRow
 from optinfer.bench.timing import in_turns, one_after_another
 
 
@@ -108,12 +108,12 @@ def whole_model(tiny: bool, name: str, variant: str) -> Iterator[QuantizedMatmul
     yield replace(row, peer=f"optinfer {variant}", model=name, allocated_bytes=allocated or None)
 
 
-def attention_tiles(tiny: bool) -> Iterable[dict[str, Any]]:
+def attention_tiles(tiny: bool) -> Iterator[TileRow]:
     """Every plausible tile of every attention kernel, each checked against the formula; the one in use among them."""
     yield from tiles.attention(tiny, _seconds)
 
 
-def quantized_tiles(tiny: bool) -> Iterable[dict[str, Any]]:
+def quantized_tiles(tiny: bool) -> Iterator[TileRow]:
     yield from tiles.quantized(tiny, _seconds)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 from optinfer import hardware
 from optinfer.attention import attention_reference
 from optinfer.attention.dispatch import KERNELS, Problem, obstacle
+from optinfer.bench.rows import TileRow
 
 GAIN = 1.03  # a tile must be so much faster than the one in use to be proposed
 Seconds = Callable[[Callable[[], Any], bool], float]
 
 
-def attention(tiny: bool, seconds_of: Seconds) -> Iterable[dict[str, Any]]:
-    """Rows with kernel, head_dim, tile, whether it is in use, and seconds; or why it cannot run."""
+def attention(tiny: bool, seconds_of: Seconds) -> Iterator[TileRow]:
+    """Each tile of each attention kernel, or why it cannot run."""
     device = hardware.default_device()
     capability = hardware.capability(device)
     arch = 10 * capability[0] + capability[1] if capability else 80
@@ -34,15 +35,15 @@ def attention(tiny: bool, seconds_of: Seconds) -> Iterable[dict[str, Any]]:
         current = tile_in_use(module, arch, dtype, dim)
         expected: Any = attention_reference(q[:, :1], k[:, :1], v[:, :1], True)
         for tile in dict.fromkeys((current, *_attention_tiles(module, tiny))):
-            row = {"kernel": name, "arch": arch, "head_dim": dim, "tile": _numbers(tile), "in_use": tile == current}
+            row = TileRow(kernel=name, arch=arch, head_dim=dim, tile=_numbers(tile), in_use=tile == current)
 
             def call(module: Any = module, q=q, k=k, v=v, tile=tile) -> torch.Tensor:
                 return module.flash_attention(q, k, v, True, tile=tile)[0]
 
-            yield row | _measure(call, lambda out: out[:, :1], expected, seconds_of, tiny)
+            yield _measured(row, call, lambda out: out[:, :1], expected, seconds_of, tiny)
 
 
-def quantized(tiny: bool, seconds_of: Seconds) -> Iterable[dict[str, Any]]:
+def quantized(tiny: bool, seconds_of: Seconds) -> Iterator[TileRow]:
     """The same for the fast quantized product, whose tile is a rule and no table: figures for whoever changes the rule."""
     from optinfer.quantization.formats.gpu import as_kernel_weight
     from optinfer.quantization.schemes import resolve_scheme
@@ -61,17 +62,12 @@ def quantized(tiny: bool, seconds_of: Seconds) -> Iterable[dict[str, Any]]:
         block_ns, warps, stages = ((128,), (4,), (2,)) if tiny else ((64, 128, 256), (4, 8), (2, 4, 6))
         found = [fast.Tile(current.block_m, n, current.block_k, w, s) for n in block_ns for w in warps for s in stages]
         for tile in dict.fromkeys((current, *found)):
-            row = {
-                "kernel": "quantized_matmul_fast",
-                "tokens": tokens,
-                "tile": _numbers(tile),
-                "in_use": tile == current,
-            }
+            row = TileRow(kernel="quantized_matmul_fast", tokens=tokens, tile=_numbers(tile), in_use=tile == current)
 
             def call(x=x, tile=tile) -> torch.Tensor:
                 return fast.quantized_matmul(x, weight, tile=tile)  # type: ignore[arg-type]
 
-            yield row | _measure(call, lambda out: out, expected, seconds_of, tiny)
+            yield _measured(row, call, lambda out: out, expected, seconds_of, tiny)
 
 
 def tile_in_use(module: ModuleType, arch: int, dtype: torch.dtype, head_dim: int) -> Any:
@@ -86,39 +82,50 @@ def _attention_tiles(module: Any, tiny: bool) -> list[Any]:
     return [module.Tile(*numbers) for numbers in sizes]
 
 
-def _measure(
-    call: Callable[[], torch.Tensor], part: Callable, expected: torch.Tensor, seconds_of: Seconds, tiny: bool
-) -> dict[str, Any]:
+def _measured(
+    row: TileRow,
+    call: Callable[[], torch.Tensor],
+    part: Callable[[torch.Tensor], torch.Tensor],
+    expected: torch.Tensor,
+    seconds_of: Seconds,
+    tiny: bool,
+) -> TileRow:
+    """The row, with its seconds if the tile runs and is right."""
     try:
         out = part(call())
         scale = expected.float().abs().max().item()
         if not (out.float() - expected.float()).abs().max().item() <= 0.03 * scale:
-            return {"seconds": None, "skipped": "wrong"}
-        return {"seconds": seconds_of(call, tiny)}
+            row.skipped = "wrong"
+        else:
+            row.seconds = seconds_of(call, tiny)
     except Exception as error:  # too much shared memory, too many registers, a shape the kernel refuses
         if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
             raise
-        return {"seconds": None, "skipped": f"{type(error).__name__}: {error}".split("\n")[0][:80]}
+        row.skipped = f"{type(error).__name__}: {error}".split("\n")[0][:80]
+    return row
 
 
-def _numbers(tile: Any) -> list[int]:
-    return list(vars(tile).values())
+def _numbers(tile: Any) -> tuple[int, ...]:
+    return tuple(vars(tile).values())
 
 
-def best(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[int, list[int]]]:
+def best(rows: Iterable[TileRow]) -> dict[tuple[str, int], dict[int, tuple[int, ...]]]:
     """(attention kernel, architecture) -> head_dim -> the fastest tile, where it beats the one in use by `GAIN`."""
-    found: dict[tuple[str, int], dict[int, list[int]]] = {}
-    timed = [row for row in rows if row.get("seconds") and "head_dim" in row]
-    for kernel, arch, dim in dict.fromkeys((row["kernel"], row["arch"], row["head_dim"]) for row in timed):
-        own = [row for row in timed if (row["kernel"], row["arch"], row["head_dim"]) == (kernel, arch, dim)]
-        fastest = min(own, key=lambda row: row["seconds"])
-        in_use = [row["seconds"] for row in own if row["in_use"]]
-        if not in_use or in_use[0] > GAIN * fastest["seconds"]:
-            found.setdefault((kernel, arch), {})[dim] = fastest["tile"]
+    found: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+    tried: dict[tuple[str, int, int], list[tuple[float, bool, tuple[int, ...]]]] = {}
+    for row in rows:
+        if row.seconds and row.kernel and row.arch and row.head_dim and row.tile:
+            same = tried.setdefault((row.kernel, row.arch, row.head_dim), [])
+            same.append((row.seconds, bool(row.in_use), row.tile))
+    for (kernel, arch, dim), timed in tried.items():
+        fastest, _, tile = min(timed)
+        in_use = [seconds for seconds, used, _ in timed if used]
+        if not in_use or in_use[0] > GAIN * fastest:
+            found.setdefault((kernel, arch), {})[dim] = tile
     return found
 
 
-def proposals(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+def proposals(rows: Iterable[TileRow]) -> list[tuple[str, str, str]]:
     """(path, source, changed source) of each kernel whose table should change; entries follow the table's own line."""
     changed = []
     for (kernel, arch), entries in best(rows).items():
