@@ -4,8 +4,6 @@ Tensor cores multiply bytes at twice the rate of 16-bit floats and nothing needs
 the columns may be split over programs and added up in any order, with the same result to the last bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from optinfer_kernels import require_triton
@@ -15,6 +13,7 @@ triton = require_triton()
 import triton.language as tl  # noqa: E402
 
 from optinfer_kernels.interpreter import device_shape, launch  # noqa: E402
+from optinfer_kernels.quantized_matmul_fast import Tile  # noqa: E402
 
 
 @triton.jit
@@ -41,17 +40,6 @@ def int8_matmul_kernel(
         else:
             total += tl.dot(b.to(tl.float16), tl.trans(a.to(tl.float16))).to(tl.int32)
     tl.atomic_add(out_ptr + m[None, :] * N + n[:, None], total, mask=(n < N)[:, None] & (m < M)[None, :])
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How much of the product one program holds, and with how many warps and tiles in flight."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 def tile_for(arch: int, tokens: int) -> Tile:

@@ -19,8 +19,6 @@ Sources: PagedAttention (Kwon et al. 2023), Flash-Decoding (Dao et al. 2023), an
 `flash_attention`, which this file imports.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from optinfer_kernels import require_triton
@@ -30,7 +28,7 @@ triton = require_triton()
 
 import triton.language as tl  # noqa: E402
 
-from optinfer_kernels.flash_attention import LOG2E, block_d, online_softmax_step, tanh  # noqa: E402
+from optinfer_kernels.flash_attention import LOG2E, Tile, block_d, online_softmax_step, tanh  # noqa: E402
 from optinfer_kernels.interpreter import device_shape, launch  # noqa: E402
 
 
@@ -143,16 +141,6 @@ def add_splits_kernel(
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     pointers = out_ptr + row // GROUP * out_stride_n + (kv_head * GROUP + row % GROUP) * out_stride_h + dims
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How much of the problem one program holds, and with how many warps and tiles in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:

@@ -1,13 +1,13 @@
 """The compile gate: every kernel, dtype and tile, for every architecture, on a machine without a GPU."""
 
-import functools
 import os
 
 import pytest
 
 pytest.importorskip("triton")
 from optinfer_kernels.attention_builds import compile_attention
-from optinfer_kernels.compile import SHARED_MEMORY, CompiledKernel, compile_in_parallel
+from optinfer_kernels.compile import SHARED_MEMORY
+from tests.builds import Builds
 
 pytestmark = pytest.mark.compile
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -36,34 +36,22 @@ def cases():
                 yield "flash_attention_ws", 90, dtype, head_dim, causal, causal
 
 
-CASES = list(cases())
+BUILDS = Builds(compile_attention, cases())
 
 
-@functools.cache
-def compiled():
-    return compile_in_parallel(compile_attention, CASES)
-
-
-def result(case) -> CompiledKernel:
-    found = compiled()[case]
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", BUILDS.cases, ids=lambda case: "-".join(map(str, case)))
 def test_fits_without_spilling(case):
-    kernel = result(case)
+    kernel = BUILDS[case]
     assert kernel.spill_bytes == 0
     assert kernel.shared_bytes <= SHARED_MEMORY[case[1]]
     assert kernel.registers <= 255
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case[2] != "fp32"], ids=lambda case: "-".join(map(str, case))
+    "case", [case for case in BUILDS.cases if case[2] != "fp32"], ids=lambda case: "-".join(map(str, case))
 )
 def test_uses_what_the_architecture_has(case):
-    kernel, (name, arch) = result(case), case[:2]
+    kernel, (name, arch) = BUILDS[case], case[:2]
     tensor_cores = {75: None, 80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[arch]
     if tensor_cores is None:
         assert kernel.count("HMMA") == 0 and kernel.count("FFMA") > 100  # Triton has none for Turing; see the doctor

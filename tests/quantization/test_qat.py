@@ -9,16 +9,7 @@ import transformers
 from optinfer.quantization import fake_quantize, qat, quantize_linear
 from optinfer.quantization.linear import QuantizedLinear
 from optinfer.quantization.methods.ladder import dequantize
-
-
-class Letters:
-    bos_token_id = None
-
-    def __call__(self, text, **kwargs):
-        return {"input_ids": [ord(c) % 128 for c in text]}
-
-
-TEXT = "".join(chr(33 + (i * i + 7 * i // 3) % 90) for i in range(1500))
+from tests.quantization.test_calibrate import TEXT, Letters
 
 
 def small_model():

@@ -1,13 +1,12 @@
 """The compile gate of the quantized products: no spills anywhere, and a budget of instructions per weight."""
 
-import functools
-
 import pytest
 
 pytest.importorskip("triton")
 from optinfer.quantization.number_formats import CODEBOOKS
-from optinfer_kernels.compile import SHARED_MEMORY, compile_in_parallel
-from optinfer_kernels.quantized_builds import QuantizedBuild, compile_quantized
+from optinfer_kernels.compile import SHARED_MEMORY
+from optinfer_kernels.quantized_builds import compile_quantized
+from tests.builds import Builds
 
 pytestmark = pytest.mark.compile
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -30,28 +29,16 @@ def cases():
         yield case("int4", arch, group_size=128)
 
 
-CASES = list(cases())
+BUILDS = Builds(compile_quantized, cases())
 
 
 def name(case) -> str:
     return "-".join(str(part) for part in case[:6])
 
 
-@functools.cache
-def compiled():
-    return compile_in_parallel(compile_quantized, CASES)
-
-
-def result(case) -> QuantizedBuild:
-    found = compiled()[case]
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", BUILDS.cases, ids=name)
 def test_fits_without_spilling(case):
-    build = result(case)
+    build = BUILDS[case]
     assert build.kernel.spill_bytes == 0
     assert build.kernel.shared_bytes <= SHARED_MEMORY[case[1]]
     assert sum(build.mix[i] for i in ("HMMA", "HGMMA", "UTCHMMA", "IMMA")) > 0  # the tensor cores do the products
@@ -64,23 +51,23 @@ def test_fits_without_spilling(case):
 BUDGET = {"codebook": 4.0, "codebook nested": 4.2, "int4": 2.7, "int4 affine": 3.5, "int8": 4.0}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c[3] == 1 and c[4] == 64], ids=name)
+@pytest.mark.parametrize("case", [c for c in BUILDS.cases if c[3] == 1 and c[4] == 64], ids=name)
 def test_instructions_per_weight(case):
     scheme, nested = case[0], case[5]
     budget = BUDGET[f"{scheme} nested" if nested else scheme]
-    assert 1 < result(case).instructions_per_weight <= budget
+    assert 1 < BUILDS[case].instructions_per_weight <= budget
 
 
 def test_the_readable_kernel_spends_many():
     """A look-up and a scale for every weight: several times the fast kernel's count. And it fits as well."""
     build = compile_quantized("codebook", 90, codebook=NF4, readable=True)
     assert build.kernel.spill_bytes == 0 and build.mix["HMMA"] == 0
-    assert build.instructions_per_weight > 3 * result(case("codebook", 90)).instructions_per_weight
+    assert build.instructions_per_weight > 3 * BUILDS[case("codebook", 90)].instructions_per_weight
 
 
 def test_the_count_can_fail():
     """The same loop with a quarter of the rows per program spreads its overhead over fewer weights."""
-    build = result(case("codebook", 90))
+    build = BUILDS[case("codebook", 90)]
     assert build.weights_per_thread == 128
     assert len(build.loop) == sum(build.mix.values())
     assert build.mix["PRMT"] >= 2 * build.weights_per_thread  # eight permutes for four weights, counted by hand

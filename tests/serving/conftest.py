@@ -19,23 +19,17 @@ def build(config, seed=0):
     return model
 
 
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
 def tiny_llama(**changes):
     from transformers import LlamaConfig
 
-    shape = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return build(LlamaConfig(**{**shape, **changes}))
+    return build(LlamaConfig(**{**SHAPE, **changes}))
 
 
 def generate(model, prompt, max_tokens):

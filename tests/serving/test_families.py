@@ -5,20 +5,9 @@ import torch
 import transformers
 
 from optinfer.serving import Engine, SamplingParams
+from tests.serving import conftest
 
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SHAPE = {**conftest.SHAPE, "num_hidden_layers": 3}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama_mha_bias": ("LlamaConfig", {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
