@@ -182,7 +182,7 @@ class OptinferQuantizer(HfQuantizer):
             _check_complete(model, files)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[object], *_: object) -> list[object]:
         """Our folders hold the model's own names: families that rename or join tensors between file and model would take
         packed codes for weights. Only a prefix may differ (a model with or without its head).
         """
