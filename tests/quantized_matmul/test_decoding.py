@@ -1,7 +1,9 @@
 """The assembly that decodes nibbles, executed instruction by instruction: no GPU is needed to know that it is right."""
 
+import functools
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,72 +12,70 @@ from optinfer.quantization.number_formats import CODEBOOKS
 from optinfer_kernels.decoding import byte_decoding, nibble_decoding
 from optinfer_kernels.quantized_arguments import INT4
 
+MASK = 0xFFFFFFFF
+
 
 def run_ptx(asm: str, packed: int) -> list[int]:
     """Execute the decoding's assembly on a 32-bit word, as the PTX manual defines each instruction.
 
     Returns the output registers, four of nibbles or two of bytes. Floats are emulated in float64, rounded at each step.
     """
-    mask = 0xFFFFFFFF
     inputs = ("$4", "$2") if "$3" in asm else ("$2",)  # a register is an input until it is written
     registers = dict.fromkeys(inputs, packed) | {"%lanemask_gt": random.getrandbits(31) << 1}
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    def permute(a: int, b: int, selector: int) -> int:
-        octets = [(a >> 8 * i) & 255 for i in range(4)] + [(b >> 8 * i) & 255 for i in range(4)]
-        out = 0
-        for i in range(4):
-            pick = selector >> 4 * i & 15
-            octet = octets[pick & 7]
-            if pick & 8:  # the sign bit, eight times
-                octet = 255 * (octet >> 7)
-            out |= octet << 8 * i
-        return out
-
-    def multiply_add(kind: str, a: int, b: int, c: int) -> int:
-        dtype = torch.bfloat16 if kind == "bf16x2" else torch.float16
-
-        def floats(word: int) -> torch.Tensor:
-            return torch.tensor([word & 0xFFFF, word >> 16]).to(torch.uint16).view(torch.int16).view(dtype).double()
-
-        bits = (floats(a) * floats(b) + floats(c)).to(dtype).view(torch.int16).tolist()
-        return (bits[0] & 0xFFFF) | (bits[1] & 0xFFFF) << 16
-
     for line in asm.strip("{} \n").replace("\n", " ").split(";"):
         words = re.split(r"[\s,]+", line.strip())
         if words[0] in ("", ".reg"):
             continue
         operation, target, *sources = words
-        v = [value(s) for s in sources]
-        if operation == "mov.u32" or operation == "mov.b32":
-            result = v[0]
-        elif operation == "and.b32":
-            result = v[0] & v[1]
-        elif operation == "xor.b32":
-            result = v[0] ^ v[1]
-        elif operation == "add.u32":
-            result = v[0] + v[1]
-        elif operation == "shr.b32":
-            result = v[0] >> v[1]
-        elif operation == "lop3.b32":
-            a, b, c, table = v
-            result = 0
-            for i in range(8):  # bit i of the table: the result where (a, b, c) are the bits of i
-                if table >> i & 1:
-                    chosen = mask
-                    for source, wanted in ((a, i >> 2), (b, i >> 1), (c, i)):
-                        chosen &= source if wanted & 1 else ~source
-                    result |= chosen & mask
-        elif operation == "prmt.b32":
-            result = permute(*v)
-        elif operation.startswith("fma.rn."):
-            result = multiply_add(operation.rsplit(".", 1)[1], *v)
-        else:
-            raise AssertionError(f"unknown instruction {line}")
-        registers[target] = result & mask
+        values = [registers[name] if name in registers else int(name, 0) for name in sources]
+        registers[target] = MEANINGS[operation](*values) & MASK
     return [registers[f"${i}"] for i in range(4 if "$3" in asm else 2)]
+
+
+def permute(a: int, b: int, selector: int) -> int:
+    octets = [(a >> 8 * i) & 255 for i in range(4)] + [(b >> 8 * i) & 255 for i in range(4)]
+    out = 0
+    for i in range(4):
+        pick = selector >> 4 * i & 15
+        octet = octets[pick & 7]
+        if pick & 8:  # the sign bit, eight times
+            octet = 255 * (octet >> 7)
+        out |= octet << 8 * i
+    return out
+
+
+def look_up(a: int, b: int, c: int, table: int) -> int:
+    """Bit i of the table is the result where (a, b, c) are the bits of i."""
+    result = 0
+    for i in range(8):
+        if table >> i & 1:
+            chosen = MASK
+            for source, wanted in ((a, i >> 2), (b, i >> 1), (c, i)):
+                chosen &= source if wanted & 1 else ~source
+            result |= chosen & MASK
+    return result
+
+
+def multiply_add(dtype: torch.dtype, a: int, b: int, c: int) -> int:
+    def floats(word: int) -> torch.Tensor:
+        return torch.tensor([word & 0xFFFF, word >> 16]).to(torch.uint16).view(torch.int16).view(dtype).double()
+
+    bits = (floats(a) * floats(b) + floats(c)).to(dtype).view(torch.int16).tolist()
+    return (bits[0] & 0xFFFF) | (bits[1] & 0xFFFF) << 16
+
+
+MEANINGS: dict[str, Callable[..., int]] = {  # an instruction that is not here is a KeyError
+    "mov.u32": lambda a: a,
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "add.u32": lambda a, b: a + b,
+    "shr.b32": lambda a, b: a >> b,
+    "lop3.b32": look_up,
+    "prmt.b32": permute,
+    "fma.rn.f16x2": functools.partial(multiply_add, torch.float16),
+    "fma.rn.bf16x2": functools.partial(multiply_add, torch.bfloat16),
+}
 
 
 def decoded(asm: str, packed: int) -> list[int]:
