@@ -2,8 +2,9 @@
 
 import html
 import re
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Tone = Literal["info", "good", "bad", "note", "said"]
 _TONES: dict[Tone, tuple[str, str]] = {
@@ -39,6 +40,22 @@ class Card:
             f'<div style="border-left:4px solid {color};padding:6px 12px;margin:6px 0;line-height:1.5">'
             f"<strong>{mark}{_inline(self.title)}</strong>{body}</div>"
         )
+
+
+def in_a_plain_script() -> bool:
+    """Nobody shows the value of an expression there: neither a notebook nor a prompt."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is None and not hasattr(sys, "ps1") and not sys.flags.interactive
+
+
+T = TypeVar("T")
+
+
+def shown(answer: T) -> T:
+    """The answer itself, printed in a plain script, where a call alone would show nothing."""
+    if in_a_plain_script():
+        print(answer)
+    return answer
 
 
 def _inline(text: str) -> str:

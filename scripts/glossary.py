@@ -7,7 +7,10 @@ from pathlib import Path
 GLOSSARY = Path(__file__).resolve().parents[1] / "notebooks" / "book" / "glossary.md"
 
 # Ordinary words too: they are linked only in the lessons, by number, where they mean what the glossary says.
-ONLY_IN = {"block": "456", "page": "46", "key": "046", "value": "046", "query": "034", "chunk": "46", "group": "126"}
+ONLY_IN = {
+    "block": "456", "page": "46", "key": "046", "value": "046", "query": "034", "chunk": "46", "group": "126",
+    "channel": "12", "head": "0346", "norm": "26", "needle": "4", "projection": "126", "window": "4",
+}  # fmt: skip
 
 # Not prose: fenced code, directives, headings, HTML, math, links and pictures, code spans.
 _NO_PROSE = re.compile(

@@ -190,3 +190,16 @@ def test_paged_attention_suite_counts_and_checks(monkeypatch):
     monkeypatch.setattr(paged_attention, "paged_attention", lambda q, *_, **__: q)
     with pytest.raises(AssertionError, match="paged: gather, then sdpa differs"):
         paged_attention.measure(1, 50, torch.float32, CPU)
+
+
+def test_the_calls_of_a_token_are_counted():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from optinfer.bench.decode import count_calls
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 20}
+    found = {n: count_calls(LlamaForCausalLM(LlamaConfig(num_hidden_layers=n, **sizes)).eval()) for n in (1, 3)}
+    for layers, calls in found.items():
+        assert sum(count for name, count in calls.items() if "mm" in name) == 7 * layers + 1  # and the head
+        assert calls["silu"] == layers and calls["rsqrt"] == 2 * layers + 1
+    assert found[3].total() > found[1].total()

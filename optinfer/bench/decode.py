@@ -1,5 +1,6 @@
 """One decoding step of a model: how long it takes, and what it had to compute and to move."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from optinfer import hardware, noise
@@ -53,3 +54,20 @@ def decode_steps(model: "PreTrainedModel", batches: list[int], context: int = 64
     if doubt := noise.doubts(step["timing"] for step in steps):
         print(doubt)
     return steps
+
+
+def count_calls(model: "PreTrainedModel") -> "Counter[str]":
+    """The torch operations of one forward pass over one token, by name; views, which move nothing, count too."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names[operation.overloadpacket.__name__] += 1
+            return operation(*args, **(kwargs or {}))
+
+    names: Counter[str] = Counter()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad(), Calls():
+        model(token, use_cache=False)
+    return names

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optinfer.card import Card
+from optinfer.card import Card, shown
 from optinfer.course import exercises
 from optinfer.course.compare import Difference, difference, show
 from optinfer.course.exercise import Case, Draw, Exercise, Refused, Wrong, plain
@@ -506,17 +506,10 @@ def check(exercise_id: str, answer: object, seed: int = 0) -> Result:
         result = evaluate(exercise, answer, seed)
         records.record(result)
     _submitted[str(exercise_id)] = answer
-    if _in_a_plain_script():
-        print(result)
+    shown(result)
     if os.environ.get("NBGRADER_EXECUTION") == "autograde" and not result:
         raise AssertionError(result.message)
     return result
-
-
-def _in_a_plain_script() -> bool:
-    """Nobody shows the value of an expression there: neither a notebook nor a prompt."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is None and not hasattr(sys, "ps1") and not sys.flags.interactive
 
 
 # What this session checked last, by id: `optinfer grade` asks for it after running a notebook.

@@ -1,13 +1,17 @@
 """Help in steps: a nudge, the idea, almost the code, and the solution when nothing else will do."""
 
-from optinfer.card import Card
+from optinfer.card import Card, shown
 from optinfer.course import exercises, records
 
 _STEPS = ("a nudge", "the idea", "almost the code")
 
 
 def hint(exercise_id: str, step: int | None = None) -> Card:
-    """The next hint of an exercise, or hint number `step` (1 to 3)."""
+    """The next hint of an exercise, or hint number `step` (1 to 3). A plain script prints it."""
+    return shown(_hint(exercise_id, step))
+
+
+def _hint(exercise_id: str, step: int | None) -> Card:
     try:
         exercise = exercises.get(exercise_id)
     except exercises.UnknownExercise as error:
@@ -41,7 +45,11 @@ class Solution:
 
 
 def solution(exercise_id: str) -> Solution | Card:
-    """The solution of an exercise, to read."""
+    """The solution of an exercise, to read. A plain script prints it."""
+    return shown(_solution(exercise_id))
+
+
+def _solution(exercise_id: str) -> Solution | Card:
     try:
         exercise = exercises.get(exercise_id)
     except exercises.UnknownExercise as error:

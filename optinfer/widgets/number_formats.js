@@ -113,7 +113,7 @@ function render({ model, el }) {
   model.get("blocks").forEach((b, i) => picker.append(element("option", { value: i }, b.name)));
   const reset = element("button", {}, "back to the weight");
   const outlier = element("button", {}, "make it an outlier: × 10");
-  const cells = element("div", { class: "oi-nf-cells", role: "group", "aria-label": "The block; arrow keys move" });
+  const cells = element("div", { class: "oi-nf-cells", role: "group", "aria-label": "The group; arrow keys move" });
   const caption = element("div", { class: "oi-muted", "aria-live": "polite" });
   const body = element("tbody");
   const legend = element("div", { class: "oi-nf-legend" });
@@ -122,10 +122,10 @@ function render({ model, el }) {
 
   const root = element("div", { class: "oi" },
     element("h4", {}, "Number-format inspector"),
-    element("div", { class: "oi-row" }, element("label", {}, "number ", number), outlier, reset, element("label", {}, "block of ", picker)),
+    element("div", { class: "oi-row" }, element("label", {}, "number ", number), outlier, reset, element("label", {}, "group of ", picker)),
     cells, caption, legend,
     element("div", { class: "oi-wide", tabindex: "0", role: "region", "aria-label": "The number in every format" }, element("table", { class: "oi-nf-table" },
-      element("thead", {}, element("tr", {}, ...["format", "bits", "stored as", "its error", "its block's error (RMS)"].map((t) => element("th", { scope: "col" }, t)))),
+      element("thead", {}, element("tr", {}, ...["format", "bits", "stored as", "its error", "its group's error (RMS)"].map((t) => element("th", { scope: "col" }, t)))),
       body)));
   el.append(root);
 
@@ -159,7 +159,7 @@ function render({ model, el }) {
       return cell;
     }));
     if (focused) cells.children[index].focus();
-    caption.textContent = `Number ${index} of a block of ${list.length}: ${short(value)}${typed === null ? "" : " (typed)"}. The block's absmax is ${short(absmax)}; INT8, INT4, NF4 and FP4 are scaled by it, MXFP4 and NVFP4 by that of their 32 and 16.`;
+    caption.textContent = `Number ${index} of a group of ${list.length}: ${short(value)}${typed === null ? "" : " (typed)"}. The group's absmax is ${short(absmax)}; INT8, INT4, NF4 and FP4 are scaled by it, MXFP4 and NVFP4 by that of their 32 and 16.`;
     body.replaceChildren(...model.get("formats").map((format) => {
       const own = coded(index, format);
       const error = value === 0 ? 0 : Math.abs(own.value - value) / Math.abs(value);

@@ -1,4 +1,4 @@
-"""The number-format inspector: one number in eleven formats, bit by bit, inside the block that it shares a scale with."""
+"""The number-format inspector: one number in eleven formats, bit by bit, inside the group that it shares a scale with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,9 @@ EXAMPLE = {
 
 
 class NumberFormats(StaticWidget):
-    """Type a number or pick a weight: its bits in every format, its rounding error, and that of its block.
+    """Type a number or pick a weight: its bits in every format, its rounding error, and that of its group.
 
-    Formats of eight bits and fewer that need a scale share one per block, so a typed outlier spoils its neighbours.
+    Formats of eight bits and fewer that need a scale share one per group, so a typed outlier spoils its neighbours.
 
     Traits:
         blocks: dicts of ``name`` and ``values``, weights that share a scale, and perhaps ``tensor_absmax``, the largest
@@ -84,7 +84,7 @@ class NumberFormats(StaticWidget):
     def summary(self) -> str:
         values: Any = self.blocks[self.block]["values"]
         value, absmax = values[self.index], max(map(abs, values))
-        lines = [f"{value:.6g} from {self.blocks[self.block]['name']}, block of {len(values)}, absmax {absmax:.6g}"]
+        lines = [f"{value:.6g} from {self.blocks[self.block]['name']}, group of {len(values)}, absmax {absmax:.6g}"]
         for f in FORMATS.values():
             scale = absmax / f.max if f.scaled and absmax else 1.0
             pattern = f.encode(value / scale)
@@ -97,7 +97,7 @@ class NumberFormats(StaticWidget):
         return "\n".join(lines)
 
     def in_blocks(self, scheme: BlockName) -> "tuple[QuantizedTensor, list[float]]":
-        """The picked block in a format with small scales: the quantized tensor, and its numbers restored."""
+        """The picked group in a format with small scales: the quantized tensor, and its numbers restored."""
         import torch
 
         from optinfer.quantization.formats.small_floats import quantize_blocks

@@ -1,5 +1,6 @@
 """Wrong answers that readers give, not edits of our solutions: each is rejected, and no message leads astray."""
 
+import os
 import subprocess
 import sys
 
@@ -47,3 +48,18 @@ def test_a_plain_script_shows_what_was_found(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert "This usually means: keys without values" in done.stdout, done.stderr
+
+
+def test_a_plain_script_shows_hints_and_solutions_once(tmp_path):
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        "from optinfer import hint, solution\n"
+        "hint('basics.roofline')\n"
+        "hint('basics.roofline', 3)\n"
+        "hint('basics.roofing')\n"
+        "solution('basics.roofline')\n"
+    )
+    environment = {**os.environ, "OPTINFER_PROGRESS": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
+    for said in ("a nudge (1 of 3)", "almost the code (3 of 3)", "No such exercise", "def attainable"):
+        assert done.stdout.count(said) == 1, done.stdout + done.stderr

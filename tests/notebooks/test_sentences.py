@@ -222,6 +222,8 @@ TRUTHS = [
     ("00_start_here", r"memory is the wall up to", lambda k: k["machine"].ridge > 1),
     ("01_quantization", r"in 16 bits makes the error", lambda k: k["repaired"] < 0.8 * k["broken"]),
     ("01_quantization", r"symmetric int4 is better than NF4", lambda k: k["errors"]["int4, symmetric"] < 0.98 * k["errors"]["NF4"]),
+    ("01_quantization", r"An affine grid is better", lambda k: k["errors"]["int4 with zero points"] < 0.98 * k["errors"]["NF4"]),
+    ("01_quantization", r"An affine grid errs", lambda k: k["errors"]["int4 with zero points"] > 1.02 * k["errors"]["NF4"]),
     ("01_quantization", r"each bit that goes costs more", lambda k: (kl := [r["kl"] for r in k["rows"]]) == sorted(kl) and kl[3] - kl[2] > (kl[2] - kl[0]) / 4),
     ("01_quantization", r"fewer bits, a larger distance", lambda k: (kl := [r["kl"] for r in k["rows"]]) == sorted(kl) and kl[3] - kl[2] < (kl[2] - kl[0]) / 4),
     ("01_quantization", r"no ranking", lambda k: abs(k["by"]["int4"]["kl"] - k["by"]["NF4"]["kl"]) < 2 * 2**0.5 * k["by"]["NF4"]["kl_stderr"]),

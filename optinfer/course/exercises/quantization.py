@@ -530,7 +530,7 @@ normal distribution, built from two sides so that 0 is exact:
         ),
         Wrong(
             "levels not divided by the largest",
-            "The codes stand for fractions of a block's absmax, so the levels must span -1 to 1.",
+            "The codes stand for fractions of a group's absmax, so the levels must span -1 to 1.",
             ("return levels / levels.max()", "return levels"),
         ),
         Wrong(
@@ -546,32 +546,32 @@ normal distribution, built from two sides so that 0 is exact:
 
 
 def nf4_quantize(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize to the nearest of 16 levels, block by block.
+    """Quantize to the nearest of 16 levels, group by group.
 
     weight: float32 [n], n a multiple of group_size
     levels: float32 [16], sorted, from -1 to 1
     returns: codes (uint8 [n]: index into levels) and absmax (float32 [n / group_size])
     """
-    blocks = weight.view(-1, group_size)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    groups = weight.view(-1, group_size)
+    absmax = groups.abs().amax(dim=1)
+    scaled = groups / torch.where(absmax == 0, 1.0, absmax)[:, None]
     codes = (scaled[..., None] - levels).abs().argmin(dim=-1)
     return codes.to(torch.uint8).flatten(), absmax
 
 
 def _nf4_quantize_reference(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = torch.stack([block.abs().max() for block in weight.split(group_size)])
+    absmax = torch.stack([group.abs().max() for group in weight.split(group_size)])
     scaled = weight / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(group_size)
     return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8), absmax
 
 
 def _nf4_quantize_cases(draw: Draw) -> Iterator[Case]:
-    yield case("one block of 8", draw.normal(8), 8, NF4)
-    yield case("four blocks of 32", draw.normal(128), 32, NF4)
+    yield case("one group of 8", draw.normal(8), 8, NF4)
+    yield case("four groups of 32", draw.normal(128), 32, NF4)
     yield case(
-        "blocks of very different size", draw.normal(96) * torch.tensor([1.0, 100, 0.01]).repeat_interleave(32), 32, NF4
+        "groups of very different size", draw.normal(96) * torch.tensor([1.0, 100, 0.01]).repeat_interleave(32), 32, NF4
     )
-    yield case("a block of zeros", torch.cat([torch.zeros(16), draw.normal(16)]), 16, NF4)
+    yield case("a group of zeros", torch.cat([torch.zeros(16), draw.normal(16)]), 16, NF4)
     yield case("other levels", draw.normal(64), 16, torch.linspace(-1, 1, 16))
     yield case("1e-20", 1e-20 * draw.normal(32), 16, NF4)
 
@@ -583,13 +583,13 @@ NF4_QUANTIZE = Exercise(
     minutes=15,
     prerequisites=("quantization.groups", "quantization.nf4_levels"),
     spec="""\
-Divide each block by its largest magnitude, `absmax`, and replace each number by the index of the nearest level:
+Divide each group by its largest magnitude, `absmax`, and replace each number by the index of the nearest level:
 
 ```python
-weight ≈ levels[codes] * absmax of its block
+weight ≈ levels[codes] * absmax of its group
 ```
 
-The levels are not evenly spaced, so rounding alone cannot find the index. A block of zeros has absmax 0 and the code of 0.""",
+The levels are not evenly spaced, so rounding alone cannot find the index. A group of zeros has absmax 0 and the code of 0.""",
     answer=nf4_quantize,
     cases=_nf4_quantize_cases,
     reference=_nf4_quantize_reference,
@@ -617,8 +617,8 @@ The levels are not evenly spaced, so rounding alone cannot find the index. A blo
         ),
         Wrong(
             "one absmax for everything",
-            "Each block has its own absmax: that is what confines an outlier to its 64 neighbors.",
-            ("absmax = blocks.abs().amax(dim=1)", "absmax = blocks.abs().max().expand(len(blocks))"),
+            "Each group has its own absmax: that is what confines an outlier to its 64 neighbors.",
+            ("absmax = groups.abs().amax(dim=1)", "absmax = groups.abs().max().expand(len(groups))"),
         ),
         Wrong(
             "dividing by a zero absmax",
@@ -627,8 +627,8 @@ The levels are not evenly spaced, so rounding alone cannot find the index. A blo
         ),
         Wrong(
             "the maximum instead of the largest magnitude",
-            "A block whose largest magnitude is negative is scaled beyond -1 and clipped. Take `abs()` first.",
-            ("absmax = blocks.abs().amax(dim=1)", "absmax = blocks.amax(dim=1)"),
+            "A group whose largest magnitude is negative is scaled beyond -1 and clipped. Take `abs()` first.",
+            ("absmax = groups.abs().amax(dim=1)", "absmax = groups.amax(dim=1)"),
         ),
     ),
 )
@@ -699,8 +699,8 @@ LLM_INT8 = Exercise(
     minutes=25,
     prerequisites=("quantization.absmax",),
     spec="""\
-From some billion parameters on, a few features of the activations are huge, always in the same columns. With absmax they
-leave all other features of their token with codes near 0. LLM.int8() splits the product:
+From some billion parameters on, a few channels of the activations are huge, always in the same columns. With absmax they
+leave all other channels of their token with codes near 0. LLM.int8() splits the product:
 
 ```python
 outlier = columns of x with some |x| >= threshold
@@ -779,20 +779,20 @@ products of codes is exact in int32 (int8 would wrap around); multiply it with b
 def pack_weight(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a layer's weight to the bytes that bitsandbytes and this package read.
 
-    weight: float32 [out, in], out * in is a multiple of group_size; its blocks run on from row to row
+    weight: float32 [out, in], out * in is a multiple of group_size; its groups run on from row to row
     levels: float32 [16], sorted, from -1 to 1
     returns: packed (uint8 [out * in / 2], two codes to a byte, the first one in the high four bits)
         and absmax (float32 [out * in / group_size])
     """
-    blocks = weight.reshape(-1, group_size)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    groups = weight.reshape(-1, group_size)
+    absmax = groups.abs().amax(dim=1)
+    scaled = groups / torch.where(absmax == 0, 1.0, absmax)[:, None]
     codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
     return (codes[0::2] << 4) | codes[1::2], absmax
 
 
 def _pack_weight_reference(weight: Tensor, group_size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = torch.stack([block.abs().max() for block in weight.flatten().split(group_size)])
+    absmax = torch.stack([group.abs().max() for group in weight.flatten().split(group_size)])
     scaled = weight.flatten() / torch.where(absmax == 0, 1.0, absmax).repeat_interleave(group_size)
     nearest = torch.stack([(scaled - level).abs() for level in levels]).argmin(dim=0)
     return _pack_reference(nearest), absmax
@@ -820,7 +820,7 @@ def _expected_text(prompt: str, new_tokens: int, group_size: int) -> dict[str, A
 
 
 def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, group_size: int) -> dict[str, Any]:
-    """Replace the linear layers of every second block by the package's, around the answer's bytes; then put them back."""
+    """Replace the linear layers of every second decoder layer by the package's, around the answer's bytes; then put them back."""
     from optinfer.course.exercises.real_model import default_model, greedy
     from optinfer.quantization import QuantizedLinear
     from optinfer.quantization.formats.codebook import CodebookTensor
@@ -844,8 +844,8 @@ def _quantized_text(answer: Callable[..., Any], prompt: str, new_tokens: int, gr
 
 
 def _pack_weight_cases(draw: Draw) -> Iterator[Case]:
-    yield case("one block", draw.normal(1, 8), 8, NF4)
-    yield case("blocks run on from row to row", draw.normal(4, 6), 8, NF4)
+    yield case("one group", draw.normal(1, 8), 8, NF4)
+    yield case("groups run on from row to row", draw.normal(4, 6), 8, NF4)
     yield case("rows of very different size", draw.normal(3, 64) * torch.tensor([[1.0], [100], [0.01]]), 32, NF4)
     yield case("a pruned row", draw.normal(2, 16) * torch.tensor([[1.0], [0.0]]), 16, NF4)
     yield case("not contiguous", draw.normal(8, 32, strided=True), 64, NF4)
@@ -859,15 +859,15 @@ IN_THE_MODEL = Exercise(
     minutes=20,
     prerequisites=("quantization.pack_nibbles", "quantization.nf4_quantize"),
     spec="""\
-Put the two together, for the whole model: each block of a weight, read row after row, has its absmax; each number becomes
+Put the two together, for the whole model: each group of a weight, read row after row, has its absmax; each number becomes
 the index of the nearest level; two indices share a byte.
 
 ```python
-weight.flatten() ≈ levels[codes] * absmax of its block
+weight.flatten() ≈ levels[codes] * absmax of its group
 packed = first code * 16 + second code, and so on
 ```
 
-The check tries small weights first. Then it replaces the 105 linear layers in every second block of the model (53 million
+The check tries small weights first. Then it replaces the 105 matrices in every second layer of the model (53 million
 weights) by the package's 4-bit layers, which read *your* bytes, and lets the model talk.""",
     answer=pack_weight,
     cases=_pack_weight_cases,
@@ -877,7 +877,7 @@ weights) by the package's 4-bit layers, which read *your* bytes, and lets the mo
     limit=60,
     hints=(
         "You wrote both halves already: `nf4_quantize` and `pack_nibbles`.",
-        "Flatten the weight (reshape, it may not be contiguous), quantize it in blocks, pack the codes.",
+        "Flatten the weight (reshape, it may not be contiguous), quantize it in groups, pack the codes.",
         "`codes, absmax = nf4_quantize(weight.reshape(-1), group_size, levels)`\n`return pack_nibbles(codes), absmax`\n"
         "Faster than 16 distances for each weight: `torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)`.",
     ),
@@ -889,11 +889,11 @@ weights) by the package's 4-bit layers, which read *your* bytes, and lets the mo
         ),
         Wrong(
             "an absmax for each row",
-            "Blocks have group_size numbers, wherever the rows end: reshape to [-1, group_size].",
+            "Groups have group_size numbers, wherever the rows end: reshape to [-1, group_size].",
             ("weight.reshape(-1, group_size)", "weight"),
         ),
         Wrong(
-            "blocks down the columns",
+            "groups down the columns",
             "A weight is read row after row; its columns are far apart in memory.",
             ("weight.reshape(-1, group_size)", "weight.t().reshape(-1, group_size)"),
         ),

@@ -51,7 +51,7 @@ def rounding(weight: Tensor, restored: dict[str, Tensor]) -> Figure:
 
 
 def activation_outliers(x: Tensor, threshold: float = 6.0) -> Figure:
-    """Largest magnitude of each feature of activations ``[tokens, features]``."""
+    """Largest magnitude of each channel of activations ``[tokens, channels]``."""
     fig, ax = plots.figure(height=2.8)
     peak = x.abs().amax(0).float().cpu().numpy()
     color = np.where(peak >= threshold, plots.COLORS["red"], plots.COLORS["blue"])
@@ -65,12 +65,12 @@ def activation_outliers(x: Tensor, threshold: float = 6.0) -> Figure:
         fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
     )
-    ax.set(xlabel="feature", ylabel="largest |activation|", yscale="log")
+    ax.set(xlabel="channel", ylabel="largest |activation|", yscale="log")
     return fig
 
 
 def weight_levels(scaled: Tensor, schemes: tuple[str, ...] = ("NF4", "INT4")) -> Figure:
-    """Histogram of weights divided by their block's absmax, and where each format has its values."""
+    """Histogram of weights divided by their group's absmax, and where each format has its values."""
     fig, axes = plots.figure(height=3.6, nrows=len(schemes), sharex=True)
     for ax, name in zip(axes, schemes):
         ax.hist(scaled.numpy(), bins=121, range=(-1, 1), density=True, color=plots.COLORS["sky"], alpha=0.6)
@@ -78,7 +78,7 @@ def weight_levels(scaled: Tensor, schemes: tuple[str, ...] = ("NF4", "INT4")) ->
         ax.vlines(levels, 0, 2, color=plots.COLORS["red"], lw=1.4)
         ax.set(title=f"{name}, {len(levels)} levels", ylabel="density of weights", ylim=(0, 2.6))
         ax.grid(False)
-    axes[-1].set_xlabel("weight / absmax of its block of 64")
+    axes[-1].set_xlabel("weight / absmax of its group of 64")
     return fig
 
 
@@ -172,7 +172,7 @@ def ladder(lines: dict[str, dict[int, tuple[float, float]]], full: float) -> Fig
 
 
 def normalized(weight: Tensor, group_size: int = 64) -> Tensor:
-    """Weights divided by the largest magnitude of their block, ``[n]`` float32."""
+    """Weights divided by the largest magnitude of their group, ``[n]`` float32."""
     flat = weight.detach().float().reshape(-1)
     blocks = flat[: len(flat) // group_size * group_size].view(-1, group_size)
     return (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).reshape(-1)
