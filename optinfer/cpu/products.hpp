@@ -403,11 +403,13 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
     constexpr bool CODES = std::is_same_v<typename F::Number, int16_t>;
     const bool integers = CODES && tokens <= FEW;
     const Cut cut(w, F::UNIT);
-    shared.reserve(cut, F::UNIT, tokens, integers);
-    Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
-        if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
-        else shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
-    });
+    if (x) {
+        shared.reserve(cut, F::UNIT, tokens, integers);
+        Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
+            if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
+            else shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
+        });
+    }
     const int64 blocks = (w.rows + ROWS - 1) / ROWS, pieces = threads < 2 ? 1 : std::min<int64>(blocks, 4 * threads);
     Team::each(pieces, threads, [&](int64 piece) {
         Rows rows(w, cut);
@@ -435,7 +437,13 @@ static void product_of_codes(const Weight& w, Activations& shared, const float* 
     }
 }
 
+// Whether two weights want their activations in the same order and cut in the same way.
+static bool alike(const Weight& a, const Weight& b) {
+    return a.kind == b.kind && a.columns == b.columns && a.group == b.group && a.value_unit == b.value_unit;
+}
+
 // out[token * stride + row] = sum over columns of x[token, column] * W[row, column], plus the bias.
+// x: [tokens, columns]; null: what `shared` holds from the product before, by a weight that is alike.
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
     switch (w.kind) {
         case FLOAT32: return product<Float32<Wide>>(w, shared, x, tokens, out, stride, threads);
