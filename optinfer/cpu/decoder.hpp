@@ -95,7 +95,7 @@ static void decode(const Decoder& model, const Step& step, int threads) {
         });
     };
     auto multiply = [&](const Weight& w, const float* from, int64 tokens, float* to, int64 stride) {
-        product(w, space.activations, from, tokens, to, stride, threads);
+        product(w, space.activations, from, tokens, to, stride, threads, true);
     };
     auto multiply_as_before = [&](const Weight& w, const Weight& before, const float* from, float* to, int64 stride) {
         multiply(w, alike(w, before) ? nullptr : from, step.tokens, to, stride);  // arranged once, for q, k and v
