@@ -95,7 +95,10 @@ static void decode(const Decoder& model, const Step& step, int threads) {
         });
     };
     auto multiply = [&](const Weight& w, const float* from, int64 tokens, float* to, int64 stride) {
-        product(w, space.activations, from, tokens, to, stride, threads);
+        product(w, space.activations, from, tokens, to, stride, threads, true);
+    };
+    auto multiply_as_before = [&](const Weight& w, const Weight& before, const float* from, float* to, int64 stride) {
+        multiply(w, alike(w, before) ? nullptr : from, step.tokens, to, stride);  // arranged once, for q, k and v
     };
     auto add_product = [&](const Weight& w, const float* from) {  // x += from @ w.T
         multiply(w, from, step.tokens, normed, hidden);
@@ -117,8 +120,8 @@ static void decode(const Decoder& model, const Step& step, int threads) {
         const Layer& layer = model.layers[i];
         normalize(layer.norm_attention, x, normed, step.tokens);
         multiply(layer.q, normed, step.tokens, qkv, width);
-        multiply(layer.k, normed, step.tokens, qkv + q_width, width);
-        multiply(layer.v, normed, step.tokens, qkv + rotated * dim, width);
+        multiply_as_before(layer.k, layer.q, normed, qkv + q_width, width);
+        multiply_as_before(layer.v, layer.k, normed, qkv + rotated * dim, width);
         if (layer.norm_q) layer.norm_q.read(0, dim, norm_q.data()), layer.norm_k.read(0, dim, norm_k.data());
         for_tokens([&](int64 token) {
             turn(layer.norm_q ? norm_q.data() : nullptr, token, 0, model.heads);
@@ -135,7 +138,7 @@ static void decode(const Decoder& model, const Step& step, int threads) {
         add_product(layer.o, attended);
         normalize(layer.norm_mlp, x, normed, step.tokens);
         multiply(layer.gate, normed, step.tokens, gate, model.intermediate);
-        multiply(layer.up, normed, step.tokens, up, model.intermediate);
+        multiply_as_before(layer.up, layer.gate, normed, up, model.intermediate);
         for_tokens([&](int64 token) {
             silu_times(gate + token * model.intermediate, up + token * model.intermediate, model.intermediate);
         });

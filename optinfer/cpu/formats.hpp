@@ -31,9 +31,6 @@ struct Float32 : Float<Width> {
 };
 
 // Two numbers in each word: shifted up they are the even columns, with the lower half cut off the odd ones.
-//
-// Some processors multiply pairs of bf16 (`vdpbf16ps`), twice as many products as a multiply-add of floats. It is not used:
-// activations would be rounded to 8 bits, or cut into three parts to stay what they are, and three are slower than two.
 template <class Width>
 struct BFloat16 : Float<Width> {
     using typename Float<Width>::Vector;
@@ -45,6 +42,21 @@ struct BFloat16 : Float<Width> {
         second = (Vector)(words & 0xffff0000u);
     }
 };
+
+#if defined(BF16_PAIRS)
+// Weights as they are, for processors that multiply pairs of bf16, where activations may be rounded to bf16 as well.
+struct BFloat16Pairs {
+    using Registers = Wide;
+    using Number = bf16;
+    using Vector = Wide::Shorts;
+    static constexpr int UNIT = 4 * Wide::LANES, BYTES = 2 * Wide::WIDTH;
+    static constexpr int place(int i) { return i; }
+    static INLINE void unpack(const uint8_t* from, const uint8_t*, Vector& first, Vector& second) {
+        first = in_register(load<Vector>(from));
+        second = in_register(load<Vector>(from + Wide::WIDTH));
+    }
+};
+#endif
 
 template <class Width>
 struct Float16 : Float<Width> {

@@ -39,14 +39,27 @@ void attend(const Pages* pages, const Sequences* sequences, const Scoring* scori
 
 void decode(const Decoder* model, const Step* step, int threads) { decode(*model, *step, threads); }
 
-// out[row] = the column of the largest number of a row; the first of equals, and of NaNs before all.
-void argmax(const float* x, int64 rows, int64 columns, int64* out, int threads) {
+// out[row] = the column of the largest number of a row, the first of equals; -1 where that is infinite, or a number is NaN.
+void likeliest(const float* x, int64 rows, int64 columns, int64* out, int threads) {
+    using Floats = Wide::Floats;
+    const int64 together = 4 * Wide::LANES;  // four maxima that do not wait for one another
     Team::each(rows, threads, [&](int64 row) {
         const float* from = x + row * columns;
-        float highest = from[0];
+        float highest = -INFINITY;
         bool is_nan = false;
-        for (int64 i = 0; i < columns; ++i) highest = std::max(highest, from[i]), is_nan |= from[i] != from[i];
-        out[row] = std::find_if(from, from + columns, [&](float y) { return is_nan ? y != y : y == highest; }) - from;
+        Floats best[4] = {Floats{} + highest, Floats{} + highest, Floats{} + highest, Floats{} + highest};
+        Wide::Ints nans{};
+        int64 i = 0;
+        for (; i + together <= columns; i += together)
+            UNROLL for (int j = 0; j < 4; ++j) {
+                const Floats v = load<Floats>(from + i + j * Wide::LANES);
+                best[j] = v > best[j] ? v : best[j];
+                nans |= v != v;
+            }
+        for (; i < columns; ++i) highest = std::max(highest, from[i]), is_nan |= from[i] != from[i];
+        for (int j = 0; j < 4 * Wide::LANES; ++j) highest = std::max(highest, best[j / Wide::LANES][j % Wide::LANES]);
+        for (int j = 0; j < Wide::LANES; ++j) is_nan |= nans[j] != 0;
+        out[row] = is_nan || std::isinf(highest) ? -1 : std::find(from, from + columns, highest) - from;
     });
 }
 

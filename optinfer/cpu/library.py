@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "write": (_POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, ctypes.c_int),
     "decode": (_POINTER, _POINTER, ctypes.c_int),
-    "argmax": (_POINTER, _INT, _INT, _POINTER, ctypes.c_int),
+    "likeliest": (_POINTER, _INT, _INT, _POINTER, ctypes.c_int),
     "read_all": (_POINTER, _INT, ctypes.c_int),
 }
 
@@ -67,10 +67,10 @@ class CpuKernels:
     def decode(self, decoder: structs.Decoder, step: structs.Step) -> None:
         self._call("decode", decoder, step, torch.get_num_threads())
 
-    def argmax(self, x: Tensor) -> Tensor:
-        """The column of the largest number in each row of x [rows, columns], float32, contiguous; of NaN before all."""
+    def likeliest(self, x: Tensor) -> Tensor:
+        """The column of the largest number in each row of x [rows, columns], float32, contiguous; -1 where that is not finite."""
         out = torch.empty(x.shape[0], dtype=torch.int64)
-        self._call("argmax", x, *x.shape, out, torch.get_num_threads())
+        self._call("likeliest", x, *x.shape, out, torch.get_num_threads())
         return out
 
     def read_all(self, x: Tensor) -> float:

@@ -58,14 +58,14 @@ struct Cut {
 // The tokens of a product, in the order in which a weight's columns arrive, filled up with zeros to whole units.
 struct Activations {
     std::vector<float> memory;        // of `numbers`
-    void* numbers;                    // [tokens, padded] float, or int16 with a scale per stretch
+    void* numbers;                    // [tokens, padded] float or bf16, or int16 with a scale per stretch
     int64 padded;
     std::vector<float> scales, sums;  // [tokens, stretches]; [tokens, steps_padded], the sum over a step of what is meant
     int64 stretches, steps_padded;
 
     void reserve(const Cut& cut, int64 unit, int64 tokens, bool integers) {
         padded = cut.units * unit;
-        memory.resize(std::max<size_t>(memory.size(), tokens * padded / (integers ? 2 : 1) + 16));
+        memory.resize(std::max<size_t>(memory.size(), tokens * padded + 16));
         numbers = (void*)(((size_t)memory.data() + 63) / 64 * 64);  // no vector straddles two lines of the cache
         if (!integers) return;
         stretches = cut.stretches;
@@ -74,14 +74,14 @@ struct Activations {
         sums.resize(std::max<size_t>(sums.size(), tokens * steps_padded));
     }
 
-    template <class F>
+    template <class F, class Number>
     void arrange_floats(const float* x, int64 columns, int64 token) {
-        float* out = (float*)numbers + token * padded;
+        Number* out = (Number*)numbers + token * padded;
         const int64 whole = columns / F::UNIT * F::UNIT;
         for (int64 u = 0; u < whole; u += F::UNIT)
             UNROLL for (int i = 0; i < F::UNIT; ++i) out[u + i] = x[u + F::place(i)];
         for (int64 i = 0; i < padded - whole; ++i)
-            out[whole + i] = whole + F::place(i) < columns ? x[whole + F::place(i)] : 0;
+            out[whole + i] = whole + F::place(i) < columns ? x[whole + F::place(i)] : 0.0f;
     }
 
     template <class F>
@@ -273,13 +273,13 @@ static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 r
 
 // total[m * R + r]: R rows times M tokens, of floats, over the units `first` to `last`.
 template <class F, int R, int M>
-static INLINE void sum_floats(typename F::Vector (&total)[M * R], const Rows& rows, int64 row, const float* x, int64 padded, int64 first,
-                                   int64 last) {
+static INLINE void sum_floats(typename F::Registers::Floats (&total)[M * R], const Rows& rows, int64 row, const typename F::Number* x,
+                              int64 padded, int64 first, int64 last) {
     const uint8_t* from = rows.from + row * rows.row_bytes;
     const int64 end = std::min(last, rows.whole);
     int64 u = first;
     if constexpr (R * M < 4) {  // too few sums to keep the processor busy: four of each, which do not wait for one another
-        typename F::Vector chains[4][M * R] = {};
+        typename F::Registers::Floats chains[4][M * R] = {};
         for (; u + 4 <= end; u += 4)
             UNROLL for (int c = 0; c < 4; ++c)
                 multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr, (u + c) * F::BYTES);
@@ -351,10 +351,10 @@ static __attribute__((noinline)) void rows_by_tokens(const Rows& rows, const Act
                            int64 last = 0) {
     for (int64 row = 0; row < rows.count; row += R) {
         typename F::Registers::Floats total[M * R] = {};
-        if constexpr (std::is_same_v<typename F::Number, float>)
-            sum_floats<F, R, M>(total, rows, row, (const float*)x.numbers + token * x.padded, x.padded, first, last);
-        else
+        if constexpr (std::is_same_v<typename F::Number, int16_t>)
             sum_integers<F, R, M, STEP>(total, rows, row, x, token);
+        else
+            sum_floats<F, R, M>(total, rows, row, (const typename F::Number*)x.numbers + token * x.padded, x.padded, first, last);
         finish<R, M>(total, rows.count - row, out + token * stride + row, stride, first > 0);
     }
 }
@@ -401,13 +401,16 @@ const int64 FEW = 16;
 template <class F>
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
     constexpr bool CODES = std::is_same_v<typename F::Number, int16_t>;
+    using Number = std::conditional_t<CODES, float, typename F::Number>;  // codes are restored for floats
     const bool integers = CODES && tokens <= FEW;
     const Cut cut(w, F::UNIT);
-    shared.reserve(cut, F::UNIT, tokens, integers);
-    Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
-        if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
-        else shared.arrange_floats<F>(x + token * w.columns, w.columns, token);
-    });
+    if (x) {
+        shared.reserve(cut, F::UNIT, tokens, integers);
+        Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
+            if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
+            else shared.arrange_floats<F, Number>(x + token * w.columns, w.columns, token);
+        });
+    }
     const int64 blocks = (w.rows + ROWS - 1) / ROWS, pieces = threads < 2 ? 1 : std::min<int64>(blocks, 4 * threads);
     Team::each(pieces, threads, [&](int64 piece) {
         Rows rows(w, cut);
@@ -435,8 +438,21 @@ static void product_of_codes(const Weight& w, Activations& shared, const float* 
     }
 }
 
+// Whether two weights want their activations in the same order and cut in the same way.
+static bool alike(const Weight& a, const Weight& b) {
+    return a.kind == b.kind && a.columns == b.columns && a.group == b.group && a.value_unit == b.value_unit;
+}
+
 // out[token * stride + row] = sum over columns of x[token, column] * W[row, column], plus the bias.
-static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
+// x: [tokens, columns]; null: what `shared` holds from the product before, by a weight that is alike.
+// rounded: to a weight in bf16, x may be rounded to bf16, as it is in a model of that type. It is where that is faster.
+static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads,
+                    bool rounded = false) {
+#if defined(BF16_PAIRS)
+    const int64 ENOUGH = 8;  // tokens; for fewer, reading the weight takes longer than multiplying
+    if (rounded && w.kind == BFLOAT16 && tokens >= ENOUGH)
+        return product<BFloat16Pairs>(w, shared, x, tokens, out, stride, threads);
+#endif
     switch (w.kind) {
         case FLOAT32: return product<Float32<Wide>>(w, shared, x, tokens, out, stride, threads);
         case BFLOAT16: return product<BFloat16<Wide>>(w, shared, x, tokens, out, stride, threads);

@@ -125,6 +125,14 @@ static inline Wide::Ints dot_pairs(Wide::Ints acc, Wide::Shorts a, Wide::Shorts 
 #endif
 }
 
+// The same of bf16: one instruction for twice as many products as a multiply-add of floats has.
+#if defined(__AVX512BF16__)
+#define BF16_PAIRS 1
+static inline Wide::Floats dot_pairs(Wide::Floats acc, Wide::Shorts a, Wide::Shorts b) {
+    return (Wide::Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 static inline void as_floats(Wide::Shorts v, Wide::Floats& first, Wide::Floats& second) {
     first = (Wide::Floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256((__m512i)v)));
     second = (Wide::Floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64((__m512i)v, 1)));

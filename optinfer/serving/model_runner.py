@@ -18,7 +18,7 @@ from optinfer.attention.needs import (
 from optinfer.kv_cache.attention import BACKENDS, Backend
 from optinfer.kv_cache.pool import KVPool
 from optinfer.quantization.linear import QuantizedLinear
-from optinfer.quantization.schemes import SchemeName, resolve_scheme
+from optinfer.quantization.schemes import Scheme, SchemeName, resolve_scheme
 from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.cuda_graphs import GraphedDecode
 from optinfer.serving.lean_decoder import LeanDecoder, is_lean
@@ -105,15 +105,19 @@ class ModelRunner:
             raise ValueError(
                 f"cuda_graphs=True needs attention_backend 'auto' or 'triton': {self.backend!r} waits for the GPU in each layer"
             )
-        capturable = weight.device.type == "cuda" and self._lean and steady and not has_outliers(self.model)
+        looks = has_outliers(self.model) or (self._head is not None and self._head.format.LOOKS_AT_INPUTS)
+        capturable = weight.device.type == "cuda" and self._lean and steady and not looks
         with_graphs = capturable if self._cuda_graphs is None else self._cuda_graphs
         scratch = 1 if with_graphs else 0
         dtype = self._kv_dtype or weight.dtype
         self.pool = KVPool(*needs.kv_shape, self._num_blocks + scratch, self._block_size, dtype, weight.device)
         self._dtype = weight.dtype
         self.graphs: GraphedDecode | None = None
-        self._make_decoder(with_graphs)
-        self._probe()
+        self.decoder = self._choose_decoder(None)  # with the model's own head, so that it can be held against the model
+        self._probe(self._num_blocks)
+        if self._head is not None:
+            self.decoder = self._choose_decoder(self._head)
+        self._keep_up(with_graphs)
 
     # ------------------------------------------------------------ the model is its owner's
 
@@ -128,23 +132,24 @@ class ModelRunner:
         """
         weight = self.model.get_input_embeddings().weight
         if self._watch.same_modules() and (weight.dtype, weight.device) == (self._dtype, self.pool.device):
-            self._make_decoder(self.graphs is not None)
+            self.decoder = self._choose_decoder(self._head)
+            self._keep_up(self.graphs is not None)
         else:
             self._set_up(examine(self.model, self.max_length))
 
-    def _make_decoder(self, with_graphs: bool) -> None:
-        self.decoder = self._choose_decoder()
+    def _keep_up(self, with_graphs: bool) -> None:
+        """Graphs of the decoder as it is now, and a watch over what it was made for."""
         if with_graphs:
             self.graphs = GraphedDecode(self.pool, self.forward, self.max_length, self._max_graph_size, self.backend)
         self._watch = Watch(self.model)
 
-    def _probe(self) -> None:
+    def _probe(self, blocks: int) -> None:
         """A prompt in two chunks, beside another one, must get the logits that the model gives it in one piece.
 
         What a table of families cannot know shows here: state that is kept elsewhere than in keys and values, positions
         that are counted by somebody else, neighbours that are looked at.
         """
-        size, blocks = self.pool.block_size, self.pool.num_blocks - (1 if self.graphs is not None else 0)
+        size = self.pool.block_size
         tokens = self.needs.tokens[0].tolist()[: max(1, blocks // 2) * size]
         first = max(1, len(tokens) // 3)
         table = list(range(blocks))
@@ -164,17 +169,16 @@ class ModelRunner:
             )
 
     def _tolerated_dtype(self) -> torch.dtype:
-        """How exact the logits can be: 8-bit pages and quantized heads are about as far off as bfloat16."""
-        exact = self.pool.dtype == self.model.dtype and self._head is None
-        return self.model.dtype if exact else torch.bfloat16
+        """How exact the logits can be: 8-bit pages are about as far off as bfloat16."""
+        return self.model.dtype if self.pool.dtype == self.model.dtype else torch.bfloat16
 
-    def _choose_decoder(self) -> Any:
-        """What computes a batch instead of the model's modules; None: nothing."""
+    def _choose_decoder(self, scheme: Scheme | None) -> Any:
+        """What computes a batch instead of the model's modules, with a head of this scheme; None: nothing."""
         if not self._lean:
             return None
         head = self.model.lm_head
-        if self._head is not None:
-            head = QuantizedLinear.from_linear(head, self._head)
+        if scheme is not None:
+            head = QuantizedLinear.from_linear(head, scheme)
         length = self.max_length if self.pool.device.type == "cuda" else 1024
         if self._compile:
             return torch.compile(LeanDecoder(self.model, head, length))

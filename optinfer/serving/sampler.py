@@ -53,10 +53,8 @@ def likeliest(logits: Tensor) -> Tensor:
     """
     if logits.dtype == torch.float32 and logits.device.type == "cpu" and (kernels := cpu.kernels()) is not None:
         # Torch's threads would go on spinning for milliseconds, and take the processor from the next step's.
-        tokens = kernels.argmax(logits.contiguous())  # a NaN counts as the largest, as in torch
-        highest = logits.gather(-1, tokens[:, None])[:, 0]
-    else:
-        highest, tokens = logits.max(dim=-1)
+        return kernels.likeliest(logits.contiguous())
+    highest, tokens = logits.max(dim=-1)
     return tokens.masked_fill(~highest.isfinite(), NO_TOKEN)
 
 

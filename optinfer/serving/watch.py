@@ -1,6 +1,8 @@
 """Notices what the owner of a model does to it while an engine runs: weights that move or change, modules that are replaced."""
 
 import copy
+import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -9,20 +11,22 @@ from torch import Tensor, nn
 
 _LOOKS_ON = "transformers.utils.output_capturing"  # once asked for hidden states, a model keeps these hooks; they change nothing
 _SWITCHES = ("_active_adapter", "_disable_adapters", "scaling")  # of PEFT's layers: they change results, not weights
+_POINTER, _VERSION = operator.methodcaller("data_ptr"), operator.attrgetter("_version")
 
 
 class Watch:
     """What a model's modules and weights were when it began to look.
 
-    Weights are what `state_dict` holds: parameters and persistent buffers. Looking takes some tens of microseconds: it
-    walks over remembered dictionaries, not over modules.
+    Weights are what `state_dict` holds: parameters and persistent buffers. It looks before every step, so it must be
+    quick: it walks over remembered dictionaries, not over modules, in loops that Python runs in C.
     """
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self._children = [(m._modules, dict(m._modules)) for m in modules]
+        self._children = [m._modules for m in modules]
+        self._first_children = [dict(m._modules) for m in modules]
         self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self._num_hooks = self._count_hooks()
+        self._hook_ids, self._num_hooks = self._list_hooks(), self._count_hooks()
         self._switches = [(vars(m), name) for m in modules for name in _SWITCHES if name in vars(m)]
         self._settings = self._read_switches()
         slots: list[tuple[dict[str, Any], str]] = [(m._parameters, name) for m in modules for name in m._parameters]
@@ -33,8 +37,8 @@ class Watch:
     def same_modules(self) -> bool:
         """Whether all modules are the same objects, with as many hooks and the same adapters switched on."""
         return (
-            all(children == before for children, before in self._children)
-            and self._num_hooks == self._count_hooks()
+            all(map(operator.eq, self._children, self._first_children))
+            and (self._hook_ids == self._list_hooks() or self._num_hooks == self._count_hooks())
             and self._settings == self._read_switches()
         )
 
@@ -45,8 +49,16 @@ class Watch:
         """
         return self._weights == self._look()
 
-    def _look(self) -> list[tuple[int, int]]:
-        return [_state(home.get(name)) for home, name in self._slots]
+    def _look(self) -> list[Any]:
+        """Where the weights lie, and how often each was written to."""
+        try:
+            tensors = [home[name] for home, name in self._slots]
+            return [*map(_POINTER, tensors), *map(_VERSION, tensors)]
+        except (KeyError, AttributeError, RuntimeError):  # one is gone, or an inference tensor, which does not count
+            return [_state(home.get(name)) for home, name in self._slots]
+
+    def _list_hooks(self) -> list[int]:
+        return list(itertools.chain.from_iterable(self._hooks))  # torch gives every hook a number of its own
 
     def _count_hooks(self) -> int:
         return sum(map(num_hooks, self._hooks))

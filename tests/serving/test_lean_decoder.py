@@ -11,6 +11,7 @@ import transformers
 
 from optinfer import cpu
 from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.schemes import SCHEMES, resolve_scheme
 from optinfer.serving import Engine, SamplingParams
 from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.lean_decoder import LeanDecoder, Product, is_lean
@@ -114,14 +115,20 @@ def test_quantized_weights_compiled(build_model, scheme, options):
 
 
 @ways
-def test_a_quantized_head(build_model, way):
-    model = small(build_model, "llama")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantized_head(build_model, way, scheme):
+    """In any scheme, however far it is from the model's own head, which stays as it is."""
+    model = small(build_model, "llama", hidden_size=128, num_attention_heads=8, num_key_value_heads=4)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    exact = logits(model, (2, 9), way)
     before = model.lm_head.weight.clone()
-    out = logits(model, (2, 9), way, head="int8")
-    assert 0.001 < (out - exact).norm() / exact.norm() < 0.02
+    runner = ModelRunner(model, 40, 8, head=scheme, attention_backend=WAYS[way])
+    runner.keep_hidden = True
+    out = runner.run([Chunk(list(range(3, 24)), 0, [0, 1, 2])], [21]).float()
+    head = QuantizedLinear.from_linear(model.lm_head, resolve_scheme(scheme))
+    expected = runner.hidden[0].float() @ head.dequantize().weight.float().T
+    assert (out - expected).norm() / expected.norm() < (0.03 if head.scheme.format.LOOKS_AT_INPUTS else 0.01)
+    assert (out - expected.roll(1, 0)).norm() / expected.norm() > 0.2
     assert torch.equal(model.lm_head.weight, before) and type(model.lm_head) is torch.nn.Linear
 
 
