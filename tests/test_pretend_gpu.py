@@ -25,7 +25,7 @@ def test_as_on(card):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
         cwd=ROOT,
-        env=clean | environment(card) | {"OMP_NUM_THREADS": "1"},
+        env=clean | environment(card) | {"OMP_NUM_THREADS": "1", "OPTINFER_TEST_DEVICE": "cuda"},  # as `make test-gpu`
         capture_output=True,
         text=True,
     )
