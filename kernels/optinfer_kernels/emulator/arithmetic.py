@@ -342,8 +342,10 @@ def move(m, i):
 
 @instruction("cvta", operands=2, modifiers="to global shared param")
 def convert_address(m, i):
+    """ "Generic Addressing": a parameter's address counts from where the parameters begin, and may have 32 bits."""
     d, a = (m.value(o, "u64") for o in i.operands)
-    return lambda mask: np.copyto(d, a, where=mask)
+    start = np.uint64(m.parameters.ctypes.data if "param" in i.parts else 0)
+    return lambda mask: np.copyto(d, a + start, where=mask)
 
 
 @instruction("cvt", operands=(2, 3), modifiers=f"{' '.join(TO_INTEGER)} rn rna rz ftz satfinite")

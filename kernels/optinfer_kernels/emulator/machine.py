@@ -116,7 +116,7 @@ class Machine:
         elif isinstance(operand, Symbol) and operand.name == "global_smem":
             value = SHARED_BASE + operand.offset
         elif isinstance(operand, Symbol) and operand.name in self.offsets:
-            value = self.parameters.ctypes.data + self.offsets[operand.name] + operand.offset
+            value = self.offsets[operand.name] + operand.offset  # in the space of parameters
         else:
             raise Unsupported(f"operand {operand}")
         return np.full(self.threads, value & (1 << 8 * size) - 1, dtype)
@@ -291,7 +291,7 @@ def barrier(m: Machine, i: Instruction) -> Callable[[Party], bool]:
         mask = np.logical_or.reduce([p.mask for p in waiting])
         if mask.sum() >= count - (m.exited.sum() if count == m.threads else 0):
             if m.races:
-                m.races.barrier(m.warps_of(mask))
+                m.races.barrier(m.warps_of(mask), i)
             m.running += m.arrived.pop((number, count))
         return False
 
