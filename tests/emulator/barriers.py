@@ -7,8 +7,8 @@ The smallest such sets say what each barrier is for:
 
     {b}          b is needed
     {b, c}       b and c do each other's work: alone each is silent, dropped together they are a race
-    in no set    whatever else is dropped, b changes nothing: each pair that it orders needs no barrier, or is ordered by
-                 every barrier of some set without b
+    in no set    whatever else is dropped, b changes nothing: no pair lies across it that needs a barrier (idle), or each
+                 that does is also ordered by every barrier of some set without b (covered)
 """
 
 import contextlib
@@ -56,8 +56,11 @@ class Purposes:
     def shared(self) -> set[int]:
         return {line for s in self.sets() if len(s) > 1 for line in s}
 
-    def useless(self) -> set[int]:
-        return set(self.lines) - self.needed() - self.shared()
+    def covered(self) -> set[int]:
+        return {line for s in self.needs for line in s} - self.needed() - self.shared()
+
+    def idle(self) -> set[int]:
+        return set(self.lines) - self.needed() - self.shared() - self.covered()
 
 
 class ManyClocks(RaceCheck):
