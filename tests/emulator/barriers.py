@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import numpy as np
+
 from optinfer_kernels.emulator import machine
 from optinfer_kernels.emulator.checks import RaceCheck
 from optinfer_kernels.emulator.ptx import Instruction

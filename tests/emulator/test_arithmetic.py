@@ -29,6 +29,7 @@ def truncated(a, b):
 
 TWO = {  # on Python integers
     "add.s32": lambda a, b: a + b,
+    "add.s16x2": lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16,
     "sub.s32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
     "mul.hi.u32": lambda a, b: a * b >> 32,

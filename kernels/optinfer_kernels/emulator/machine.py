@@ -74,7 +74,9 @@ class Machine:
         self.registers: dict[str, np.ndarray] = {
             name: np.zeros(self.threads, REGISTERS[bits]) for name, bits in kernel.registers.items()
         }
-        self.local = np.zeros((self.threads, max((sum(place) for place in kernel.locals.values()), default=0)), np.uint8)
+        self.local = np.zeros(
+            (self.threads, max((sum(place) for place in kernel.locals.values()), default=0)), np.uint8
+        )
         self.special = self._special()
         instructions = [i for block in kernel.blocks for i in block]
         self.unit = min([4] + [_piece(i) for i in instructions if i.op.startswith(("ld.shared", "st.shared"))])

@@ -55,9 +55,8 @@ class Mbarriers:
         b, races = self.at.get(at), self.m.races
         if b is None:
             self.m.findings.add("mbarrier used before its init or after its inval", i, f"at {at}")
-        elif races and thread is not None:
-            if not races.knows(thread // 32, *b.made_by):
-                self.m.findings.add("mbarrier used before its init is visible", i, f"at {at}")
+        elif races and thread is not None and not races.knows(thread // 32, *b.made_by):
+            self.m.findings.add("mbarrier used before its init is visible", i, f"at {at}")
         return b
 
     def arrive(self, at: int, arrivals: int, nbytes: int, thread: int, i: Instruction) -> None:
