@@ -231,10 +231,21 @@ TILES = {75: _TURING | _FP32, 80: _AMPERE | _FP32}
 INTERPRETER_TILE = Tile(64, 64, 4, 2)
 
 
+def stages_for(arch: int, num_stages: int) -> int:
+    """How many tiles may be in flight on compute capability `arch` (90 is Hopper): `num_stages`, or 1 with Triton 3.6.
+
+    There wgmma reads what asynchronous copies wrote, with no `fence.proxy.async` in between (PTX, "Proxies"). Triton 3.7 has
+    the fence; with one stage 3.6 has it too, since the copies are ordinary stores.
+    """
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return 1 if 90 <= arch < 120 and (major, minor) < (3, 7) else num_stages
+
+
 def tile_for(arch: int, dtype: torch.dtype, head_dim: int, softcap: bool = False) -> Tile:
     """The tile for a compute capability (90 is Hopper), from `TILES`; tanh needs registers, so a soft-cap halves it."""
     family = max((known for known in TILES if known <= arch), default=75)
     tile = TILES[family][dtype.itemsize, max(32, block_d(head_dim))]
+    tile = replace(tile, num_stages=stages_for(arch, tile.num_stages))
     return replace(tile, block_n=tile.block_n // 2) if softcap and tile.block_n > 16 else tile
 
 

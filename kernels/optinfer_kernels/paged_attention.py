@@ -28,7 +28,7 @@ triton = require_triton()
 
 import triton.language as tl  # noqa: E402
 
-from optinfer_kernels.flash_attention import LOG2E, Tile, block_d, online_softmax_step, tanh  # noqa: E402
+from optinfer_kernels.flash_attention import LOG2E, Tile, block_d, online_softmax_step, stages_for, tanh  # noqa: E402
 from optinfer_kernels.interpreter import device_shape, launch  # noqa: E402
 
 
@@ -149,7 +149,10 @@ def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:
     block_m = 16 if rows <= 16 or arch < 80 else 32 if wide else 64
     if arch < 80:  # no asynchronous copies, and small products: wide tiles would spill registers
         return Tile(block_m, 16 if block_d(head_dim) >= 128 else 32, 4, 1)
-    return Tile(block_m, 32 if wide else 64, 4 if block_m == 16 else 8, 2 if wide else 3)
+    stages = 2 if wide else 3
+    return Tile(
+        block_m, 32 if wide else 64, 4 if block_m == 16 else 8, stages_for(arch, stages) if block_m == 64 else stages
+    )
 
 
 def choose_splits(a: PagedArguments, tile: Tile, max_len: int, processors: int) -> int:
@@ -226,5 +229,6 @@ def paged_attention(
         launch(
             add_splits_kernel, (tokens * a.group, a.kv_heads), part, lse, out, *out.stride()[:2], tokens * a.group, splits,
             GROUP=a.group, HEAD_DIM=a.head_dim, BLOCK_D=block_d(a.head_dim), BLOCK_S=triton.next_power_of_2(splits),
+            num_warps=max(1, min(4, splits * block_d(a.head_dim) // 2048)),  # at most 64 numbers a thread, no copies of them
         )  # fmt: skip
     return a.unpack(out)

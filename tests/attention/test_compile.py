@@ -78,3 +78,11 @@ def test_the_gate_can_fail():
         assert compile_attention("flash_attention", 80, "fp16", 128).spill_bytes > 0
     finally:
         flash_attention.TILES = before
+
+
+@pytest.mark.parametrize("version, stages", [("3.6.0", 1), ("3.7.0", 3), ("3.10.1", 3)])
+def test_triton_without_fences_keeps_one_tile_in_flight_on_hopper(version, stages, monkeypatch):
+    from optinfer_kernels import flash_attention
+
+    monkeypatch.setattr(flash_attention.triton, "__version__", version)
+    assert [flash_attention.stages_for(arch, 3) for arch in (80, 90, 120)] == [3, stages, 3]

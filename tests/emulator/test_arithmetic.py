@@ -29,6 +29,7 @@ def truncated(a, b):
 
 TWO = {  # on Python integers
     "add.s32": lambda a, b: a + b,
+    "add.s16x2": lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16,
     "sub.s32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
     "mul.hi.u32": lambda a, b: a * b >> 32,
@@ -176,3 +177,20 @@ def test_what_is_unknown_is_refused_by_name(op):
 def test_a_wrong_number_of_operands_is_refused():
     with pytest.raises(Unsupported, match="add with 4 operands"):
         compute("add.s32", *[np.zeros(32, np.uint32)] * 3)
+
+
+def test_an_array_of_each_thread():
+    """Declared, reached by a generic address and by one of its own space; one thread's does not show in another's."""
+    from .ptx_text import run
+
+    out = np.zeros((32, 2), np.uint32)
+    run(
+        """
+        .local .align 16 .b8 depot[16];
+        mov.b32 %r1, depot; cvt.u64.u32 %d12, %r1; cvta.local.u64 %d12, %d12;
+        st.b32 [%d12+8], %r0; st.local.b32 [%r1+12], %r1; ld.v2.b32 {%r2, %r3}, [%d12+8];
+        mul.wide.u32 %d11, %r0, 8; add.u64 %d11, %d11, %d0; st.global.v2.b32 [%d11], {%r2, %r3};
+        """,
+        out,
+    )
+    assert (out == np.stack([np.arange(32), np.zeros(32)], 1)).all()

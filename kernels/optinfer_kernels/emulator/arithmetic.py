@@ -10,6 +10,7 @@ import numpy as np
 
 from .formats import PACKED, REGISTERS, TYPES, UNSIGNED, bf16_to_f32, f32_to_bf16, pack, size_of, unpack, unsigned
 from .instructions import Action, Unsupported, instruction, last_type
+from .memory import LOCAL_BASE
 from .ptx import Immediate, Instruction, Pair, Register, Vector
 
 ROUNDING = "rn rna rz approx full ftz"
@@ -65,8 +66,11 @@ def mixed(m, i: Instruction, function: Callable, narrow: int) -> Action:
     return run
 
 
-@instruction("add", "sub", operands=3, modifiers=ROUNDING)
+@instruction("add", "sub", operands=3, modifiers=f"{ROUNDING} s16x2 u16x2")
 def add(m, i):
+    if i.parts[-1] in ("s16x2", "u16x2"):  # two sums of 16 bits in one register
+        both = BINARY[i.parts[0]]
+        return elementwise(m, i, lambda a, b: both(a.view(np.uint16), b.view(np.uint16)).view(u32), "u32")
     kind = last_type(i)
     if is_mixed(i):
         return mixed(m, i, BINARY[i.parts[0]], 1)
@@ -340,10 +344,12 @@ def move(m, i):
     return lambda mask: np.copyto(d, a, where=mask)
 
 
-@instruction("cvta", operands=2, modifiers="to global shared param")
+@instruction("cvta", operands=2, modifiers="to global shared param local")
 def convert_address(m, i):
+    """ "Generic Addressing": a parameter's address counts from where the parameters begin, and may have 32 bits."""
     d, a = (m.value(o, "u64") for o in i.operands)
-    return lambda mask: np.copyto(d, a, where=mask)
+    start = np.uint64(m.parameters.ctypes.data if "param" in i.parts else LOCAL_BASE if "local" in i.parts else 0)
+    return lambda mask: np.copyto(d, a + start, where=mask)
 
 
 @instruction("cvt", operands=(2, 3), modifiers=f"{' '.join(TO_INTEGER)} rn rna rz ftz satfinite")

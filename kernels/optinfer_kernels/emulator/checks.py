@@ -69,7 +69,14 @@ class RaceCheck:
     def tick(self, warps) -> None:
         self.clock[warps, warps] += 1
 
-    def barrier(self, warps: np.ndarray) -> None:
+    def now(self, agent: int) -> int:
+        return int(self.clock[agent, agent])
+
+    def knows(self, warp: int, other: int, time: int) -> bool:
+        """Whether what `other` did at its `time` happened before what `warp` does now."""
+        return warp == other or int(self.clock[warp, other]) >= time
+
+    def barrier(self, warps: np.ndarray, i: Instruction) -> None:
         self.clock[warps] = self.clock[warps].max(0)
         self.tick(warps)
 

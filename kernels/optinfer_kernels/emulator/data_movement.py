@@ -10,7 +10,7 @@ from .instructions import Action, Unsupported, instruction, last_type
 from .ptx import Instruction, Register, Vector
 
 CACHE = (
-    "global shared shared::cta param v2 v4 v8 nc relaxed volatile acquire release weak gpu cta sys ca cg cs wb "
+    "global shared shared::cta param local v2 v4 v8 nc relaxed volatile acquire release weak gpu cta sys ca cg cs wb "
     "L1::evict_first L1::evict_last L1::no_allocate L2::cache_hint L2::evict_first L2::evict_last L2::128B L2::256B"
 )
 
@@ -52,7 +52,14 @@ def load(m, i) -> Action:
 
         return load_global
     if not any(part.startswith("shared") for part in i.parts):
-        raise Unsupported("a load from neither global, shared nor parameters")
+        own = m.local_address(i.operands[1], generic="local" not in i.parts)
+
+        def load_local(mask) -> None:
+            lanes = m.active(mask)
+            octets = _octets(m, i, own()[lanes], size * count)
+            put(lanes, m.local[lanes[:, None], octets].view(UNSIGNED[size]))
+
+        return load_local
     place = m.shared_address(i.operands[1])
 
     def load_shared(mask) -> None:
@@ -66,6 +73,13 @@ def load(m, i) -> Action:
         return put(lanes, m.shared.load(offset, size, count))
 
     return load_shared
+
+
+def _octets(m, i: Instruction, offset: np.ndarray, nbytes: int) -> np.ndarray:
+    """[lanes, nbytes]: places in each thread's own arrays."""
+    if offset.min() < 0 or offset.max() + nbytes > m.local.shape[1] or (offset % nbytes).any():
+        raise Unsupported(f"{i.where}: a generic address that is not one of the thread's own arrays")
+    return offset[:, None] + np.arange(nbytes)
 
 
 @instruction("st", operands=(2, 3), modifiers=CACHE)
@@ -87,7 +101,14 @@ def store(m, i) -> Action:
 
         return store_global
     if not any(part.startswith("shared") for part in i.parts):
-        raise Unsupported("a store to neither global nor shared memory")
+        own = m.local_address(i.operands[0], generic="local" not in i.parts)
+
+        def store_local(mask) -> None:
+            lanes = m.active(mask)
+            octets = _octets(m, i, own()[lanes], size * count)
+            m.local[lanes[:, None], octets] = values(lanes).view(np.uint8)
+
+        return store_local
     place = m.shared_address(i.operands[0])
 
     def store_shared(mask) -> None:

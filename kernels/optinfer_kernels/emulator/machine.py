@@ -32,7 +32,7 @@ from .data_movement import AsyncCopies
 from .formats import REGISTERS, TYPES, UNSIGNED, size_of
 from .instructions import Action, Mask, Unsupported, compile_instruction, instruction
 from .mbarriers import Mbarriers
-from .memory import SHARED_BASE, GlobalMemory, SharedMemory
+from .memory import LOCAL_BASE, SHARED_BASE, GlobalMemory, SharedMemory
 from .ptx import SCHEDULING, Address, Immediate, Instruction, Kernel, Not, Operand, Register, Special, Symbol
 from .tensor_copies import TensorCopies
 from .tensor_cores import Products
@@ -74,6 +74,9 @@ class Machine:
         self.registers: dict[str, np.ndarray] = {
             name: np.zeros(self.threads, REGISTERS[bits]) for name, bits in kernel.registers.items()
         }
+        self.local = np.zeros(
+            (self.threads, max((sum(place) for place in kernel.locals.values()), default=0)), np.uint8
+        )
         self.special = self._special()
         instructions = [i for block in kernel.blocks for i in block]
         self.unit = min([4] + [_piece(i) for i in instructions if i.op.startswith(("ld.shared", "st.shared"))])
@@ -116,7 +119,9 @@ class Machine:
         elif isinstance(operand, Symbol) and operand.name == "global_smem":
             value = SHARED_BASE + operand.offset
         elif isinstance(operand, Symbol) and operand.name in self.offsets:
-            value = self.parameters.ctypes.data + self.offsets[operand.name] + operand.offset
+            value = self.offsets[operand.name] + operand.offset  # in the space of parameters
+        elif isinstance(operand, Symbol) and operand.name in self.kernel.locals:
+            value = self.kernel.locals[operand.name][0] + operand.offset
         else:
             raise Unsupported(f"operand {operand}")
         return np.full(self.threads, value & (1 << 8 * size) - 1, dtype)
@@ -145,6 +150,13 @@ class Machine:
     def global_address(self, address: Address) -> Callable[[], np.ndarray]:
         base, offset = self.bits(address.base, np.uint64), np.uint64(address.offset & 2**64 - 1)
         return lambda: base + offset
+
+    def local_address(self, address: Address, generic: bool) -> Callable[[], np.ndarray]:
+        """Byte offsets from each thread's own arrays. Of generic addresses only those into them are known here."""
+        wide = isinstance(address.base, Register) and address.base.width == 64
+        base = self.bits(address.base, np.uint64 if wide else np.uint32)
+        offset = address.offset - (LOCAL_BASE if generic else 0)
+        return lambda: base.astype(np.int64) + offset
 
     def shared_address(self, address: Address) -> Callable[[], np.ndarray]:
         """Byte offsets from the block's shared memory; registers may be of 32 or 64 bits."""
@@ -291,7 +303,7 @@ def barrier(m: Machine, i: Instruction) -> Callable[[Party], bool]:
         mask = np.logical_or.reduce([p.mask for p in waiting])
         if mask.sum() >= count - (m.exited.sum() if count == m.threads else 0):
             if m.races:
-                m.races.barrier(m.warps_of(mask))
+                m.races.barrier(m.warps_of(mask), i)
             m.running += m.arrived.pop((number, count))
         return False
 

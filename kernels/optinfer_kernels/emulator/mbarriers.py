@@ -36,8 +36,8 @@ class Mbarriers:
         b = Mbarrier(count, (warp, 0), count)
         if races:
             races.write(np.array([at]), 8, np.array([thread]), i)
-            b.made_by = (warp, int(races.clock[warp, warp]))
-            b.clock, b.last_clock = (np.zeros(races.agents, np.int32) for _ in range(2))
+            b.made_by = (warp, races.now(warp))
+            b.clock, b.last_clock = (np.zeros_like(races.clock[0]) for _ in range(2))
             races.tick(warp)
         self.at[at] = b
 
@@ -47,7 +47,7 @@ class Mbarriers:
             if b.missing != b.count or b.nbytes:
                 self.m.findings.add("mbarrier invalidated in use", i, f"at {at}")
             races, warp = self.m.races, thread // 32
-            if races and any(time > races.clock[warp, other] for other, time in b.waited.items() if other != warp):
+            if races and not all(races.knows(warp, *waiter) for waiter in b.waited.items()):
                 self.m.findings.add("mbarrier invalidated while others may wait", i, f"at {at}")
             del self.at[at]
 
@@ -55,10 +55,8 @@ class Mbarriers:
         b, races = self.at.get(at), self.m.races
         if b is None:
             self.m.findings.add("mbarrier used before its init or after its inval", i, f"at {at}")
-        elif races and thread is not None:
-            maker, time = b.made_by
-            if maker != thread // 32 and time > races.clock[thread // 32, maker]:
-                self.m.findings.add("mbarrier used before its init is visible", i, f"at {at}")
+        elif races and thread is not None and not races.knows(thread // 32, *b.made_by):
+            self.m.findings.add("mbarrier used before its init is visible", i, f"at {at}")
         return b
 
     def arrive(self, at: int, arrivals: int, nbytes: int, thread: int, i: Instruction) -> None:
@@ -100,7 +98,7 @@ class Mbarriers:
         if races:
             for warp in warps:
                 self.find(at, i, 32 * int(warp))
-                b.waited[int(warp)] = int(races.clock[warp, warp])
+                b.waited[int(warp)] = races.now(warp)
             races.acquire(warps, b.last_clock)
             races.tick(warps)
 

@@ -11,6 +11,7 @@ from .formats import UNSIGNED
 from .ptx import Instruction
 
 SHARED_BASE = 1024  # where shared memory begins in its window; not at 0, so that a null pointer is noticed
+LOCAL_BASE = 1 << 48  # where the window of local memory begins among generic addresses; no tensor lies there
 SECTOR = 32  # bytes: the least that a GPU moves between memory and cache
 GARBAGE = 0xA5  # what shared memory holds before anybody writes
 

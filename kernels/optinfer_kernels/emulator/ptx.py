@@ -107,6 +107,7 @@ class Kernel:
     blocks: list[list[Instruction]]
     labels: dict[str, int]  # label -> block
     threads: int
+    locals: dict[str, tuple[int, int]]  # arrays of each thread for itself: name -> (offset, bytes)
 
 
 def parse(text: str) -> Kernel:
@@ -124,7 +125,7 @@ def parse(text: str) -> Kernel:
             parameters[name] = (kind, int(length or 1) * WIDTHS[kind] // 8)
     body = _Body(text, entry.end())
     blocks, labels = _blocks(body.items)
-    return Kernel(entry[1], parameters, body.registers, blocks, labels, int(threads[1]))
+    return Kernel(entry[1], parameters, body.registers, blocks, labels, int(threads[1]), body.locals)
 
 
 class _Body:
@@ -138,6 +139,7 @@ class _Body:
     def __init__(self, text: str, position: int):
         self.items: list[Instruction | str] = []  # instructions and labels
         self.registers: dict[str, int] = {}
+        self.locals: dict[str, tuple[int, int]] = {}
         self.files = dict(re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', text))
         self.ranges: dict[str, int] = {}  # "%r" of `.reg .b32 %r<9>` -> bits
         self.scopes: list[dict[str, Register | Symbol]] = [{}]
@@ -181,6 +183,9 @@ class _Body:
         text = " ".join(re.sub(r"//[^\n]*", "", token["statement"]).split())
         if text.startswith(".reg"):
             self._declare(text)
+        elif array := re.fullmatch(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text):
+            end = sum(self.locals[next(reversed(self.locals))]) if self.locals else 0
+            self.locals[array[2]] = (-(-end // int(array[1])) * int(array[1]), int(array[3]))
         elif text and not text.startswith(".pragma"):
             guard = re.match(r"@(!?)([%\w]+) ", text)
             op, _, operands = text[guard.end() if guard else 0 :].strip().partition(" ")

@@ -22,7 +22,7 @@ CLASSES = {
     "synchronization": ("bar", "mbarrier", "fence", "cp.async", "elect", "wgmma", "tensormap", "setmaxnreg"),
     "shuffles": ("shfl", "vote", "redux"),
     "conversion": ("cvt.",),
-    "moves": ("mov", "selp", "ld.param"),
+    "moves": ("mov", "selp", "ld.", "st."),  # parameters, and what a thread keeps in memory of its own
     "control": ("bra", "ret", "setp"),
 }
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f32x2", "f64")

@@ -33,6 +33,7 @@ class TensorMap:
     box: dict[int, int] = field(default_factory=dict)
     strides: dict[int, int] = field(default_factory=dict)  # bytes, of dimensions 1 and up: strides[0] is that of 1
     acquired: bool = False  # made in the kernel, and not yet fenced
+    made_by: tuple[int, int] | None = None  # the warp that published it, and its time
 
 
 def swizzled(address: np.ndarray, mode: int) -> np.ndarray:
@@ -100,12 +101,14 @@ class TensorCopies:
         self.stores: list[Store] = []
         self.committed = np.zeros(self.m.threads, np.int64)
 
-    def find(self, at: int, i: Instruction) -> TensorMap | None:
-        t = self.maps.get(at)
+    def find(self, at: int, thread: int, i: Instruction) -> TensorMap | None:
+        t, races = self.maps.get(at), self.m.races
         if t is None:
             self.m.findings.add("tensor copy without a tensor map", i, f"at {at:#x}")
         elif not t.acquired:
             self.m.findings.add("tensor map used without fence.proxy.tensormap", i)
+        elif races and t.made_by and not races.knows(thread // 32, *t.made_by):
+            self.m.findings.add("tensor map used before its making is visible", i)
         elif t.address % 16 or any(t.strides[k] % 16 for k in range(t.rank - 1)):
             self.m.findings.add("tensor map of unaligned rows", i, f"address {t.address:#x}, strides {t.strides}")
         elif t.swizzle and t.box[0] * t.item > 16 << t.swizzle:
@@ -214,7 +217,7 @@ def copy_tensor(m, i) -> Action:
 
     def run(mask) -> None:
         for t in map(int, m.active(mask)):
-            found = m.tensor_copies.find(int(where()[t]), i)
+            found = m.tensor_copies.find(int(where()[t]), t, i)
             if found is None:
                 continue
             start, at = [int(c[t]) for c in coordinates], int(place()[t])
@@ -262,6 +265,8 @@ def replace_field(m, i) -> Action:
 
     def run(mask) -> None:
         for thread in m.active(mask):
+            if m.races:
+                m.races.write(place()[thread : thread + 1], MAP_BYTES, np.array([thread]), i)
             t = m.tensor_copies.maps.setdefault(("shared", int(place()[thread])), TensorMap())
             number = int(value[thread])
             if name in INDEXED:
@@ -286,8 +291,14 @@ def publish_map(m, i) -> Action:
         if made is None:
             m.findings.add("tensor map copied before it was made", i)
             return
+        made = copy.deepcopy(made)
+        if races := m.races:
+            races.tick(int(t) // 32)  # `.sync`: the warp's threads have met here
+            races.read(source()[m.active(mask)], MAP_BYTES, m.active(mask), i)
+            made.made_by = (int(t) // 32, races.now(int(t) // 32))
+            races.tick(int(t) // 32)
         for _ in m.memory.find(to()[t : t + 1], MAP_BYTES, i, "tensor map"):
-            m.tensor_copies.maps[int(to()[t])] = copy.deepcopy(made)
+            m.tensor_copies.maps[int(to()[t])] = made
 
     return run
 
