@@ -115,3 +115,17 @@ def test_every_instruction_set_computes_the_same(name, tmp_path, monkeypatch, fo
         torch.testing.assert_close(
             out[i].double(), torch.einsum("ht,thd->hd", weights, values[:seen]), atol=1e-5, rtol=1e-5
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 5, 16, 63, 64, 65, 200, 1000])
+def test_the_likeliest_column(columns):
+    """The first of equals wherever it stands, and -1 for rows whose largest number is none."""
+    x = torch.randint(-50, 50, (40, columns)).float()
+    expected = [row.index(max(row)) for row in x.tolist()]
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[row, torch.randint(columns, ()) if bad != -torch.inf else slice(None)] = bad
+        expected[row] = -1
+    x[3, : columns - 1] = -torch.inf
+    expected[3] = columns - 1
+    assert cpu.kernels().likeliest(x).tolist() == expected
