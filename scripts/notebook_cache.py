@@ -5,6 +5,7 @@ data have changed, because the same cells would then print something else.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -42,6 +43,12 @@ def prune() -> bool:
         return False
 
 
+@functools.cache
+def _prune_once(folder: Path) -> None:
+    """Before the first notebook of a process, whoever asks for it: a later prune would empty what was just executed."""
+    prune()
+
+
 @contextlib.contextmanager
 def _lock() -> Iterator[None]:
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +82,8 @@ def cached(path: Path) -> Any | None:
 def executed(path: Path, timeout: float = 1800) -> Any:
     """The notebook with its outputs: from the store, or executed in an empty folder and then kept.
 
+    Outputs of earlier sources are forgotten first.
+
     Raises:
         optinfer.execute.NotebookError: a cell raised or took too long.
     """
@@ -82,6 +91,7 @@ def executed(path: Path, timeout: float = 1800) -> Any:
 
     from optinfer.execute import execute
 
+    _prune_once(FOLDER)
     if (known := cached(path)) is not None:
         return known
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,12 +15,6 @@ NOTEBOOKS = sorted(p for folder in ("", "exercises/", "solutions/") for p in ROO
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def fresh_store() -> None:
-    """Outputs of earlier sources are forgotten."""
-    notebook_cache.prune()
-
-
 @pytest.mark.notebook
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "notebooks").with_suffix("").as_posix())
@@ -70,6 +64,13 @@ def test_each_notebook_is_executed_once(tmp_path: Path, own_store: None, monkeyp
     assert notebook_cache.executed(path).cells[1].outputs[0].text == "42\n"
     changed = small(tmp_path, "import os", "print(6 * 8)")
     assert notebook_cache.cached(changed) is None
+
+
+def test_a_new_store_is_not_emptied_again(tmp_path: Path, own_store: None) -> None:
+    """The first notebook executed after a change stays, although others are asked for later."""
+    path = small(tmp_path, "print(3)")
+    notebook_cache.executed(path)
+    assert notebook_cache.prune() and notebook_cache.cached(path) is not None
 
 
 def test_changed_sources_empty_the_store(tmp_path: Path, own_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
