@@ -234,7 +234,7 @@ def test_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_suite_can_be_imported() -> None:
     import importlib
 
-    for suite in bench.SUITES:
+    for suite in bench.SUITES + bench.LONG:
         assert callable(importlib.import_module(f"optinfer.bench.{suite}").run)
 
 

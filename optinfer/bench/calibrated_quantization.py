@@ -2,8 +2,8 @@
 
     python -m optinfer.bench.calibrated_quantization --bits 3 4 2 --out data/results
 
-Hours on a laptop, so it is no suite of `optinfer bench`. Every rung runs in a process of its own (the peak of memory is
-then the method's) and is written when it is done; what the file already holds is not measured again.
+Hours on a laptop, so `optinfer bench all` leaves it out. Every rung runs in a process of its own (the peak of memory is
+then the method's). As a module, it writes each when it is done; what the file already holds is not measured again.
 
 llm-compressor takes part where the environment variable `OPTINFER_LLMCOMPRESSOR_PYTHON` names the python of its
 environment; `scripts/llmcompressor_environment.sh` makes one.
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from tqdm.auto import tqdm
 
 from optinfer import data, hardware, models, results
 from optinfer.bench.rows import CalibratedQuantizationRow, read
@@ -108,6 +110,25 @@ def cases(bits: list[int], methods: list[str]) -> list[tuple[str, str, int]]:
     return wanted
 
 
+def run(quick: bool = False) -> list[CalibratedQuantizationRow]:
+    """Rows for `optinfer bench calibrated_quantization`.
+
+    Args:
+        quick: rounding to nearest in 4 bits alone, beside the model as it is.
+    """
+    wanted = cases([4], ["rtn"]) if quick else cases([3, 4, 2], [*METHODS, *EIGHT_BITS])
+    return [_in_a_process(*case) for case in tqdm(wanted, desc="rungs", unit="rung")]
+
+
+def _in_a_process(peer: str, method: str, bits: int) -> CalibratedQuantizationRow:
+    """One case of `cases`, measured in a process of its own, with its names, date and load."""
+    row = isolated(measure if peer == "optinfer" else measure_llm_compressor, method, bits)
+    row = replace(row, peer=peer, method=method, bits=bits, group_size=GROUP_SIZE if method in METHODS else None)
+    row.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    row.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return row
+
+
 def isolated(function: Callable[..., T], *args: Any) -> T:
     """The function's result from a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -127,10 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         names: dict[str, Any] = {"peer": peer, "method": method, "bits": bits}
         if any(names.items() <= old.names.items() for old in rows):
             continue
-        row = isolated(measure if peer == "optinfer" else measure_llm_compressor, method, bits)
-        row = replace(row, **names, group_size=GROUP_SIZE if method in METHODS else None)
-        row.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        row.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        row = _in_a_process(peer, method, bits)
         rows.append(row)
         results.save(SUITE, [each.as_dict() for each in rows], args.out)
         print({k: v for k, v in row.as_dict().items() if k != "windows"}, flush=True)

@@ -11,7 +11,7 @@ from optinfer.bench.report import plot, show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``optinfer bench``."""
-    parser.add_argument("suite", help=f"{', '.join(bench.SUITES)}, all, or compare")
+    parser.add_argument("suite", help=f"{', '.join(bench.SUITES + bench.LONG)}, all (but the last), or compare")
     parser.add_argument("files", nargs="*", metavar="FILE", help="with compare: two recorded runs, the earlier first")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats")
     parser.add_argument(
