@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from optinfer import data
 from optinfer.folders import cache_directory, new_file
 from optinfer.models import load_model
-from optinfer.speculative.distillation import batches, read_shards
 from optinfer.speculative.draft_head import SHIPPED, DraftHead, HeadDraft
-from optinfer.speculative.head_training import RECIPE, HeadTraining
-from optinfer.speculative.questions import questions
-from optinfer.speculative.self_talk import self_talk
+from optinfer.speculative.training.distillation import batches, read_shards
+from optinfer.speculative.training.head_training import RECIPE, HeadTraining
+from optinfer.speculative.training.questions import questions
+from optinfer.speculative.training.self_talk import self_talk
 
 FREE_TALK_EVERY = 4  # shards; in the others the user's turns are questions that we made
 HELD_OUT_ROWS = 16

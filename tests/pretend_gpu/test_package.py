@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
 from optinfer.quantization.formats.codebook import nest
 from optinfer.serving import Engine, SamplingParams
-from optinfer.speculative.distillation import frequent_tokens
 from optinfer.speculative.rejection import rejection_sample
+from optinfer.speculative.training.distillation import frequent_tokens
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from optinfer.speculative.distillation import distillation_loss
 from optinfer.speculative.draft_head import DraftHead
-from optinfer.speculative.head_training import RECIPE, HeadTraining
+from optinfer.speculative.training.distillation import distillation_loss
+from optinfer.speculative.training.head_training import RECIPE, HeadTraining
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from optinfer import data, load_model
-from optinfer.speculative.questions import questions
-from optinfer.speculative.self_talk import self_talk
+from optinfer.speculative.training.questions import questions
+from optinfer.speculative.training.self_talk import self_talk
 
 USER, ANSWER, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from optinfer.folders import new_file
 from optinfer.hardware import has_fast_half
-from optinfer.speculative.distillation import distillation_loss, frequent_tokens
 from optinfer.speculative.draft_head import DraftHead
+from optinfer.speculative.training.distillation import distillation_loss, frequent_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
