@@ -80,3 +80,13 @@ def test_the_table_of_environment_variables_is_the_sources():
         if path.suffix in (".py", ".sh", ".cpp", ".hpp"):
             used |= set(re.findall(r"OPTINFER_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8")))
     assert set(re.findall(r"^\| `(OPTINFER_\w+)`", ARCHITECTURE, re.M)) == used
+
+
+def test_a_test_named_by_an_address_is_refused() -> None:
+    from types import SimpleNamespace
+
+    from tests.conftest import pytest_collection_modifyitems
+
+    pytest_collection_modifyitems([SimpleNamespace(nodeid="tests/test_a.py::test[int8]")])
+    with pytest.raises(pytest.UsageError, match="0x7f0a"):
+        pytest_collection_modifyitems([SimpleNamespace(nodeid="tests/test_a.py::test[<Draft object at 0x7f0a>]")])

@@ -114,10 +114,10 @@ class ModelRunner:
         self._dtype = weight.dtype
         self.graphs: GraphedDecode | None = None
         self.decoder = self._choose_decoder(None)  # with the model's own head, so that it can be held against the model
-        self._probe(self._num_blocks)
+        self._probe()
         if self._head is not None:
             self.decoder = self._choose_decoder(self._head)
-        self._keep_up(with_graphs)
+        self._capture_and_watch(with_graphs)
 
     # ------------------------------------------------------------ the model is its owner's
 
@@ -133,23 +133,23 @@ class ModelRunner:
         weight = self.model.get_input_embeddings().weight
         if self._watch.same_modules() and (weight.dtype, weight.device) == (self._dtype, self.pool.device):
             self.decoder = self._choose_decoder(self._head)
-            self._keep_up(self.graphs is not None)
+            self._capture_and_watch(self.graphs is not None)
         else:
             self._set_up(examine(self.model, self.max_length))
 
-    def _keep_up(self, with_graphs: bool) -> None:
+    def _capture_and_watch(self, with_graphs: bool) -> None:
         """Graphs of the decoder as it is now, and a watch over what it was made for."""
         if with_graphs:
             self.graphs = GraphedDecode(self.pool, self.forward, self.max_length, self._max_graph_size, self.backend)
         self._watch = Watch(self.model)
 
-    def _probe(self, blocks: int) -> None:
+    def _probe(self) -> None:
         """A prompt in two chunks, beside another one, must get the logits that the model gives it in one piece.
 
         What a table of families cannot know shows here: state that is kept elsewhere than in keys and values, positions
         that are counted by somebody else, neighbours that are looked at.
         """
-        size = self.pool.block_size
+        size, blocks = self.pool.block_size, self._num_blocks
         tokens = self.needs.tokens[0].tolist()[: max(1, blocks // 2) * size]
         first = max(1, len(tokens) // 3)
         table = list(range(blocks))

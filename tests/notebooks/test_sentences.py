@@ -153,6 +153,7 @@ def speculative(world):
         "reached": {1: 1.0, 10: pick(world, 1.0, 1.0, 1.0, 0.5)},
         "verify_cost": pick(world, lambda n: 1.0, lambda n: float(n), lambda n: 0.5 + n / 2, lambda n: 1.0),
         "brought": {1: 1.8, 3: pick(world, 2.6, 1.82, 1.8, 1.5)}, "checked": {1: 1.3, 3: 3.6},
+        "cost": {1: 30, 3: pick(world, 22, 41, 31, 60)},
         "served": {1: 1.8, 3: pick(world, 2.6, 1.82, 1.8, 1.5)},
         "optimal_gamma": optimal_gamma, "small_model": {}, "worst": pick(world, 1e-16, 1e-16, 1e-16, 0.1),
     }  # fmt: skip
@@ -269,6 +270,9 @@ TRUTHS = [
     ("05_speculative_decoding", r"learned its few conversations by heart", lambda k: k["learned"] > k["unseen"] + 0.1),
     ("05_speculative_decoding", r"times the tokens of a pass", lambda k: k["brought"][3] > 1.05 * k["brought"][1]),
     ("05_speculative_decoding", r"bring hardly anything", lambda k: 0.95 < k["brought"][3] / k["brought"][1] < 1.05),
+    ("05_speculative_decoding", r"the tree pays", lambda k: k["cost"][1] > 1.1 * k["cost"][3]),
+    ("05_speculative_decoding", r"the tree does not pay", lambda k: k["cost"][1] < 0.9 * k["cost"][3]),
+    ("05_speculative_decoding", r"tree and chain are level", lambda k: 0.9 < k["cost"][1] / k["cost"][3] < 1.1),
     ("05_speculative_decoding", r"from a pass with its tree", lambda k: k["served"][3] > 1.05 * k["served"][1]),
     ("05_speculative_decoding", r"tree and chain bring about the same", lambda k: 0.95 < k["served"][3] / k["served"][1] < 1.05),
     ("05_speculative_decoding", r"tree brings no more than a chain", lambda k: k["served"][3] < 0.95 * k["served"][1]),
