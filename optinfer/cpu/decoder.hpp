@@ -94,8 +94,9 @@ static void decode(const Decoder& model, const Step& step, int threads) {
             rms_norm(from + token * hidden, weights, model.eps, hidden, to + token * hidden);
         });
     };
+    const bool rounded = model.embedding.kind == BFLOAT16;  // a model of this type rounds its numbers itself
     auto multiply = [&](const Weight& w, const float* from, int64 tokens, float* to, int64 stride) {
-        product(w, space.activations, from, tokens, to, stride, threads, true);
+        product(w, space.activations, from, tokens, to, stride, threads, rounded);
     };
     auto multiply_as_before = [&](const Weight& w, const Weight& before, const float* from, float* to, int64 stride) {
         multiply(w, alike(w, before) ? nullptr : from, step.tokens, to, stride);  // arranged once, for q, k and v

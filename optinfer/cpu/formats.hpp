@@ -122,6 +122,11 @@ struct Nibbles : Integer<Width> {  // an even column in the high half of each by
         first = octets >> 4;
         second = octets & 15;
     }
+#if defined(WIDE)
+    static INLINE Wide::Floats sixteen(const uint8_t*) {  // what each code stands for, before it is scaled
+        return Wide::Floats{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    }
+#endif
 };
 
 // Nibbles that number 16 values. `values` holds them as 16-bit integers, first their 16 low bytes, then their high ones.
@@ -131,9 +136,7 @@ struct Codebook : Nibbles<Width> {
     static INLINE void unpack(const uint8_t* from, const uint8_t* values, Vector& first, Vector& second) {
         Nibbles<Width>::unpack(from, values, first, second);
 #if defined(WIDE)  // one instruction looks up 32 values
-        const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values));
-        const __m256i high = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(values + 16)));
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_or_si256(low, _mm256_slli_epi16(high, 8)));
+        const __m512i table = _mm512_broadcast_i64x4(integers(values));
         first = (Vector)_mm512_permutexvar_epi16((__m512i)first, table);
         second = (Vector)_mm512_permutexvar_epi16((__m512i)second, table);
 #else
@@ -143,6 +146,18 @@ struct Codebook : Nibbles<Width> {
         }
 #endif
     }
+#if defined(WIDE)
+    static INLINE Wide::Floats sixteen(const uint8_t* values) {
+        return (Wide::Floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(integers(values)));
+    }
+
+  private:
+    static INLINE __m256i integers(const uint8_t* values) {
+        const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)values));
+        const __m256i high = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(values + 16)));
+        return _mm256_or_si256(low, _mm256_slli_epi16(high, 8));
+    }
+#endif
 };
 
 #if defined(__AVX2__)

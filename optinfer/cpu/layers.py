@@ -22,6 +22,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 def linear(x: Tensor, weight: CpuWeight) -> Tensor:
     """``x @ W.T + b`` for x ``[..., columns]``; sums in float32, the result ``[..., rows]`` in x's dtype.
 
+    With x in bfloat16 and many tokens, codes of 4 bits may be restored to bfloat16, as a layer in bfloat16 would hold them.
+
     Raises:
         RuntimeError: there are no kernels here; ask `kernels()` before.
         ValueError: x has another width than the weight.
@@ -32,7 +34,7 @@ def linear(x: Tensor, weight: CpuWeight) -> Tensor:
     rows, columns = weight.shape
     if x.shape[-1] != columns:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {columns}")
-    out = compiled.linear(weight.struct, x.reshape(-1, columns).float().contiguous())
+    out = compiled.linear(weight.struct, x.reshape(-1, columns).float().contiguous(), x.dtype == torch.bfloat16)
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 

@@ -13,10 +13,10 @@ void sizes(int64* out) {
     std::copy(std::begin(all), std::end(all), out);
 }
 
-// out [tokens, rows] = x [tokens, columns] @ w.T + bias
-void linear(const Weight* w, const float* x, int64 tokens, float* out, int threads) {
+// out [tokens, rows] = x [tokens, columns] @ w.T + bias; rounded: the numbers may be rounded to bf16
+void linear(const Weight* w, const float* x, int64 tokens, float* out, int rounded, int threads) {
     static thread_local Activations own;
-    product(*w, own, x, tokens, out, w->rows, threads);
+    product(*w, own, x, tokens, out, w->rows, threads, rounded);
 }
 
 // Keys and values [tokens, kv_heads, head_dim] to their slots.

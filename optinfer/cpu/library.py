@@ -25,7 +25,7 @@ _FLAGS = (
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "sizes": (_POINTER,),
-    "linear": (_POINTER, _POINTER, _INT, _POINTER, ctypes.c_int),
+    "linear": (_POINTER, _POINTER, _INT, _POINTER, ctypes.c_int, ctypes.c_int),
     "write": (_POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, ctypes.c_int),
     "decode": (_POINTER, _POINTER, ctypes.c_int),
@@ -48,10 +48,10 @@ class CpuKernels:
         if list(sizes) != [ctypes.sizeof(struct) for struct in structs.ALL]:
             raise OSError(f"{path} was compiled for other structs")
 
-    def linear(self, weight: structs.Weight, x: Tensor) -> Tensor:
-        """x [tokens, columns] float32, contiguous -> [tokens, rows] float32."""
+    def linear(self, weight: structs.Weight, x: Tensor, rounded: bool) -> Tensor:
+        """x [tokens, columns] float32, contiguous -> [tokens, rows] float32; rounded: x holds bfloat16 numbers."""
         out = torch.empty(x.shape[0], weight.rows)
-        self._call("linear", weight, x, x.shape[0], out, torch.get_num_threads())
+        self._call("linear", weight, x, x.shape[0], out, rounded, torch.get_num_threads())
         return out
 
     def write(self, pages: structs.Pages, k: Tensor, v: Tensor, slots: Tensor) -> None:

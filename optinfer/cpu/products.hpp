@@ -144,32 +144,47 @@ class Rows {
         if (w.quantized()) read_scales(first);
     }
 
-    // Codes become the floats that they stand for, in this thread's memory: for many tokens it is worth doing once.
-    template <class F>
+    // Codes become the numbers that they stand for, in this thread's memory: for many tokens it is worth doing once.
+    template <class F, class Restored>
     void restore() {
+        using Number = typename Restored::Number;
         const int64 units = cut.units, width = units * F::UNIT;
         std::vector<float>& restored = memory.restored;
         restored.resize(std::max<size_t>(restored.size(), ROWS * width + 16));
-        float* to = (float*)(((size_t)restored.data() + 63) / 64 * 64);
+        Number* to = (Number*)(((size_t)restored.data() + 63) / 64 * 64);
         const bool shifted = w.shifted();
         for (int64 row = 0; row < count; ++row)
             for (int64 u = 0; u < units; ++u) {
                 const int64 step = row * cut.steps + u / cut.step;
                 const float scale = scales[step] * w.value_unit, zero = shifted ? zeros[step] : 0;
-                typename F::Vector numbers[2];
-                F::unpack(u < whole ? from + row * row_bytes + u * F::BYTES : tails[row], w.values, numbers[0], numbers[1]);
-                UNROLL for (int half = 0; half < 2; ++half) {
-                    typename F::Registers::Floats lower, upper;
-                    as_floats(numbers[half], lower, upper);
-                    float* at = to + row * width + u * F::UNIT + half * (F::UNIT / 2);
-                    store(at, lower * scale - zero);
-                    store(at + F::UNIT / 4, upper * scale - zero);
-                }
+                const uint8_t* at = u < whole ? from + row * row_bytes + u * F::BYTES : tails[row];
+                restore_unit<F>(at, scale, zero, to + row * width + u * F::UNIT);
             }
-        from = (const uint8_t*)to, row_bytes = 4 * width, whole = width / Float32<Wide>::UNIT, has_tail = false;
+        from = (const uint8_t*)to, row_bytes = sizeof(Number) * width, whole = width / Restored::UNIT, has_tail = false;
     }
 
   private:
+    template <class F, class Number>
+    INLINE void restore_unit(const uint8_t* at, float scale, float zero, Number* to) {
+        typename F::Vector codes[2];
+#if defined(BF16_PAIRS)
+        if constexpr (std::is_same_v<Number, bf16> && std::is_base_of_v<Nibbles<Wide>, F>) {
+            // 4 bits under one scale number but 16 values: they are rounded once, and looked up 32 at a time.
+            Nibbles<Wide>::unpack(at, w.values, codes[0], codes[1]);
+            const auto values = (__m256i)_mm512_cvtneps_pbh((__m512)(F::sixteen(w.values) * scale - zero));
+            for (int half = 0; half < 2; ++half)
+                store(to + half * (F::UNIT / 2), _mm512_permutexvar_epi16((__m512i)codes[half], _mm512_castsi256_si512(values)));
+            return;
+        }
+#endif
+        F::unpack(at, w.values, codes[0], codes[1]);
+        UNROLL for (int half = 0; half < 2; ++half) {
+            typename F::Registers::Floats lower, upper;
+            as_floats(codes[half], lower, upper);
+            store_pair(to + half * (F::UNIT / 2), lower * scale - zero, upper * scale - zero);
+        }
+    }
+
     struct Memory {  // of this thread, kept from product to product
         uint8_t tails[ROWS][TAIL];
         std::vector<float> groups, scales, points, spread, zeros, restored;
@@ -390,25 +405,16 @@ static void multiply_integers(const Rows& rows, const Activations& x, int64 toke
     rows_by_all<F>(rows, x, tokens, out, stride);
 }
 
-// For so many tokens codes are multiplied as integers. Where that takes an instruction for every 16 pairs (VNNI), it beats
-// the 8 pairs of floats for any number of tokens; where it takes two, only as long as restoring the floats costs more.
-#if defined(VNNI)
-const int64 FEW = INT64_MAX;
-#else
-const int64 FEW = 16;
-#endif
-
-template <class F>
+// How a weight in the format F is multiplied: as `As`, F itself or what its codes are restored to.
+template <class F, class As = F>
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads) {
-    constexpr bool CODES = std::is_same_v<typename F::Number, int16_t>;
-    using Number = std::conditional_t<CODES, float, typename F::Number>;  // codes are restored for floats
-    const bool integers = CODES && tokens <= FEW;
+    constexpr bool integers = std::is_same_v<typename As::Number, int16_t>;
     const Cut cut(w, F::UNIT);
     if (x) {
         shared.reserve(cut, F::UNIT, tokens, integers);
         Team::each(tokens, tokens > 16 ? threads : 1, [&](int64 token) {
-            if (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
-            else shared.arrange_floats<F, Number>(x + token * w.columns, w.columns, token);
+            if constexpr (integers) shared.arrange_integers<F>(w, cut, x + token * w.columns, token);
+            else shared.arrange_floats<F, typename As::Number>(x + token * w.columns, w.columns, token);
         });
     }
     const int64 blocks = (w.rows + ROWS - 1) / ROWS, pieces = threads < 2 ? 1 : std::min<int64>(blocks, 4 * threads);
@@ -417,9 +423,9 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
         for (int64 block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
             const int64 first = block * ROWS;
             rows.take<F>(first);
-            if constexpr (!CODES) multiply_floats<F>(rows, shared, tokens, out + first, stride);
-            else if (integers) multiply_integers<F>(rows, shared, tokens, out + first, stride);
-            else rows.restore<F>(), multiply_floats<Float32<Wide>>(rows, shared, tokens, out + first, stride);
+            if constexpr (!std::is_same_v<F, As>) rows.restore<F, As>();
+            if constexpr (integers) multiply_integers<F>(rows, shared, tokens, out + first, stride);
+            else multiply_floats<As>(rows, shared, tokens, out + first, stride);
             if (w.bias)
                 for (int64 token = 0; token < tokens; ++token)
                     for (int64 r = first; r < first + rows.count; ++r) out[token * stride + r] += w.bias[r];
@@ -427,14 +433,36 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
     });
 }
 
+// For so many tokens codes are multiplied as integers. Where that takes an instruction for every 16 pairs (VNNI), it beats
+// the 8 pairs of floats for any number of tokens; where it takes two, only as long as restoring the floats costs more.
+// Pairs of bf16 are as many as those of integers, and know no steps with a scale each.
+#if defined(VNNI)
+const int64 FEW = INT64_MAX;
+#else
+const int64 FEW = 16;
+#endif
+const int64 FEW_BEFORE_PAIRS = 11;
+
+template <class F>
+static void product_of_code(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride,
+                             int threads, bool rounded) {
+#if defined(BF16_PAIRS)
+    const bool fits = w.columns % BFloat16Pairs::UNIT == 0 || F::UNIT == BFloat16Pairs::UNIT;
+    if (rounded && fits && F::BYTES < F::UNIT && tokens > FEW_BEFORE_PAIRS)
+        return product<F, BFloat16Pairs>(w, shared, x, tokens, out, stride, threads);
+#endif
+    if (tokens <= FEW) return product<F>(w, shared, x, tokens, out, stride, threads);
+    return product<F, Float32<Wide>>(w, shared, x, tokens, out, stride, threads);
+}
+
 template <class Width>
 static void product_of_codes(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride,
-                             int threads) {
+                             int threads, bool rounded) {
     switch (w.kind) {
-        case SIGNED8: return product<Signed8<Width>>(w, shared, x, tokens, out, stride, threads);
-        case UNSIGNED8: return product<Unsigned8<Width>>(w, shared, x, tokens, out, stride, threads);
-        case NIBBLES: return product<Nibbles<Width>>(w, shared, x, tokens, out, stride, threads);
-        case CODEBOOK: return product<Codebook<Width>>(w, shared, x, tokens, out, stride, threads);
+        case SIGNED8: return product_of_code<Signed8<Width>>(w, shared, x, tokens, out, stride, threads, rounded);
+        case UNSIGNED8: return product_of_code<Unsigned8<Width>>(w, shared, x, tokens, out, stride, threads, rounded);
+        case NIBBLES: return product_of_code<Nibbles<Width>>(w, shared, x, tokens, out, stride, threads, rounded);
+        case CODEBOOK: return product_of_code<Codebook<Width>>(w, shared, x, tokens, out, stride, threads, rounded);
     }
 }
 
@@ -445,7 +473,7 @@ static bool alike(const Weight& a, const Weight& b) {
 
 // out[token * stride + row] = sum over columns of x[token, column] * W[row, column], plus the bias.
 // x: [tokens, columns]; null: what `shared` holds from the product before, by a weight that is alike.
-// rounded: to a weight in bf16, x may be rounded to bf16, as it is in a model of that type. It is where that is faster.
+// rounded: numbers may be rounded to bf16, as they are in a model of that type. They are where that is faster.
 static void product(const Weight& w, Activations& shared, const float* x, int64 tokens, float* out, int64 stride, int threads,
                     bool rounded = false) {
 #if defined(BF16_PAIRS)
@@ -460,6 +488,6 @@ static void product(const Weight& w, Activations& shared, const float* x, int64 
     }
     // A register must not straddle two groups.
     const bool fits = w.group >= w.columns || w.group % Integer<Wide>::UNIT == 0;
-    return fits ? product_of_codes<Wide>(w, shared, x, tokens, out, stride, threads)
-                : product_of_codes<Narrow>(w, shared, x, tokens, out, stride, threads);
+    return fits ? product_of_codes<Wide>(w, shared, x, tokens, out, stride, threads, rounded)
+                : product_of_codes<Narrow>(w, shared, x, tokens, out, stride, threads, rounded);
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "numbers.hpp"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -71,6 +73,13 @@ static inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
+// Two vectors of numbers, one after the other.
+template <class Floats>
+static INLINE void store_pair(float* to, Floats first, Floats second) {
+    store(to, first);
+    store(to + sizeof(Floats) / sizeof(float), second);
+}
+
 static inline f32x8 all(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 
 // Bytes as 16-bit integers.
@@ -130,6 +139,13 @@ static inline Wide::Ints dot_pairs(Wide::Ints acc, Wide::Shorts a, Wide::Shorts 
 #define BF16_PAIRS 1
 static inline Wide::Floats dot_pairs(Wide::Floats acc, Wide::Shorts a, Wide::Shorts b) {
     return (Wide::Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+
+static INLINE void store_pair(bf16* to, Wide::Floats first, Wide::Floats second) {
+    store(to, (Wide::Shorts)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+static INLINE void store_pair(bf16* to, f32x8 first, f32x8 second) {
+    store(to, (Narrow::Shorts)_mm256_cvtne2ps_pbh((__m256)second, (__m256)first));
 }
 #endif
 
