@@ -21,7 +21,7 @@ from optinfer.quantization.methods.qat import fake_quantize, qat
 from optinfer.quantization.methods.smoothquant import smoothquant
 from optinfer.quantization.model import quantize
 from optinfer.quantization.number_formats import FORMATS, NumberFormat, codebook, nf4_from_quantiles
-from optinfer.quantization.quality import Agreement, Perplexity, kl_divergence, perplexity
+from optinfer.quantization.quality import Agreement, Perplexity, Reference, kl_divergence, perplexity
 from optinfer.quantization.schemes import SCHEMES, Scheme
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Perplexity",
     "QuantizedLinear",
     "QuantizedTensor",
+    "Reference",
     "Scheme",
     "awq",
     "calibrate",

@@ -26,13 +26,13 @@ def model():
     return model.to("cuda")
 
 
-def waits_per_step(engine, log, params, prompts=4):
+def waits_per_step(engine, log, params, prompts=2):
     for i in range(prompts):
         engine.add_request([5, 6, 7, 8 + i] * 3, params)
     for _ in range(4):  # prompts, and graphs of this batch size
         engine.step()
     log.waits.clear()
-    steps = 5
+    steps = 3
     for _ in range(steps):
         engine.step()
     return log.num_waits / steps

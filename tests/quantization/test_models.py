@@ -14,6 +14,7 @@ from optinfer.quantization import (
     SCHEMES,
     OptinferConfig,
     QuantizedLinear,
+    Reference,
     kl_divergence,
     load_bitsandbytes,
     memory_footprint,
@@ -319,6 +320,12 @@ def test_perplexity_and_divergence_against_float64(folder):
     nf4 = kl_divergence(model, quantize(load(folder), "nf4", progress=False), Letters(), text, window=32)
     int8 = kl_divergence(model, quantize(load(folder), "int8", progress=False), Letters(), text, window=32)
     assert 0 < int8.value < nf4.value
+    reference = Reference(model, Letters(), text, window=32)
+    assert reference.perplexity.value == pytest.approx(p.value, rel=1e-6)
+    found, agreement = reference.compare(quantize(load(folder), "nf4", progress=False))
+    assert agreement == nf4
+    assert found.windows != reference.perplexity.windows
+    assert found == perplexity(quantize(load(folder), "nf4", progress=False), Letters(), text, window=32)
     with pytest.raises(ValueError, match="2 are needed"):
         perplexity(model, Letters(), "a")
     with pytest.raises(ValueError, match="window"):
