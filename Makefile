@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-QUICK := not slow and not nightly and not compile and not browser and not book and not versions and not gpu
+ANYWHERE := not slow and not nightly and not compile and not browser and not book and not versions and not gpu
+QUICK := $(ANYWHERE) and not thorough
 
 .PHONY: help lab test test-gpu setup book notebooks lint clean
 
@@ -32,7 +33,7 @@ notebooks: setup  ## make the notebooks from their masters
 # Pretended, kernels are interpreted; in rooms that are not about kernels once for each kind of input, then their formula.
 KERNEL_ROOMS := tests/pretend_gpu tests/attention tests/quantized_matmul tests/kv_cache
 OTHER_ROOMS := tests/speculative tests/serving
-GPU_TESTS := OPTINFER_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m "$(QUICK) or gpu"
+GPU_TESTS := OPTINFER_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -m "$(ANYWHERE) or gpu"
 test-gpu: setup  ## the package on a GPU, or on a pretended one
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(GPU_TESTS) $(KERNEL_ROOMS) $(OTHER_ROOMS); else \
 		for card in h100 t4; do export PRETEND_GPU=$$card; $(GPU_TESTS) -p tests.pretend_gpu.plugin $(KERNEL_ROOMS) || exit 1; \
@@ -40,7 +41,7 @@ test-gpu: setup  ## the package on a GPU, or on a pretended one
 
 # One room each, in a minute or two: `make test-serving`.
 test-%: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "$(QUICK)" tests/$*
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "$(ANYWHERE)" tests/$*
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14

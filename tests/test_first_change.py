@@ -48,6 +48,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [name if name == "An exercise" else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
 )

@@ -37,6 +37,7 @@ def convert_small(gguf: Path, folder: Path) -> None:
     (folder / models._MANIFEST).write_text(json.dumps(manifest))
 
 
+@pytest.mark.thorough
 def test_weights_equal_transformers_own_reader(gguf: Path) -> None:
     from transformers import AutoModelForCausalLM
 

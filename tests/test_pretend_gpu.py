@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(p for folder in ("", "solutions/") for p in ROOT.glob(f"noteb
 SHORTEST = ROOT / "notebooks/solutions/00_start_here.ipynb"  # in seconds, and on the same way as all the others
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", ["h100", pytest.param("t4", marks=pytest.mark.thorough)])
 def test_as_on(card):
     pytest.importorskip("triton")
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.pretend_gpu.plugin", "tests/pretend_gpu"]

@@ -107,7 +107,9 @@ def kl_divergence(
         window, max_tokens: as for `perplexity`.
     """
     windows = _windows(model, tokenizer, text, window, max_tokens, progress)
-    return _agreement([_divergence(_log_probabilities(reference, ids), _log_probabilities(model, ids)) for ids in windows])
+    return _agreement(
+        [_divergence(_log_probabilities(reference, ids), _log_probabilities(model, ids)) for ids in windows]
+    )
 
 
 class Reference:

@@ -159,6 +159,7 @@ def test_refuses_what_it_cannot_do():
     transformers_backend.attention_forward(attention, q, q, q, None, **usual)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", ("before", "after"))
 def test_registered_whatever_is_imported_first(order):
     lines = ["import optinfer", "import transformers.modeling_utils"]
@@ -171,6 +172,7 @@ def test_registered_whatever_is_imported_first(order):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 def test_registered_for_a_folder_of_ours_and_our_attention(tmp_path):
     """`import optinfer` alone, as a user would: models with our attention, and folders in our format."""
     import optinfer
@@ -198,6 +200,7 @@ def test_importing_attention_does_not_import_transformers():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 def test_default_model_in_fp32_alone_and_in_a_padded_batch():
     import optinfer
 

@@ -34,6 +34,7 @@ def test_the_solution_passes(exercise, seed):
     assert result.score == exercise.points
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("exercise", MODEL, ids=_ids)
 def test_the_solution_makes_the_real_model_talk(exercise):
     result = checks.evaluate(exercise, exercise.solution)

@@ -46,6 +46,7 @@ def test_a_solved_and_an_unsolved_exercise_make_a_partial_score(tmp_path, capsys
     assert path.read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_what_hangs_costs_only_its_own_points(tmp_path):
     right = exercises.get("basics.weight_bytes").source
     path = notebook(tmp_path / "a.ipynb", "import time; time.sleep(3600)", right, 'check("basics.weight_bytes", 0)')
@@ -73,6 +74,7 @@ def test_what_crashes_or_lies_costs_only_its_own_points(tmp_path):
     assert any("ZeroDivisionError" in p for p in found.problems)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("deadly", ["import os; os._exit(1)", "hog = [bytearray(b'x' * 10**8) for _ in range(60)]"])
 def test_a_cell_that_kills_the_kernel_is_left_out_of_a_second_run(tmp_path, deadly):
     found = grade.grade(notebook(tmp_path / "a.ipynb", RIGHT, deadly, CHECK), memory=3.0)
@@ -127,6 +129,7 @@ def test_tampering_with_the_course_changes_nothing(tmp_path):
     assert score.attempted and not score.passed and score.points == 2
 
 
+@pytest.mark.thorough
 def test_an_answer_that_kills_the_kernel_costs_only_its_own_points(tmp_path):
     deadly = "def pack_nibbles(codes):\n    import os\n    os._exit(1)"
     path = notebook(
@@ -143,6 +146,7 @@ def test_an_answer_that_kills_the_kernel_costs_only_its_own_points(tmp_path):
     assert any("the check of quantization.pack_nibbles killed the kernel" in p for p in found.problems)
 
 
+@pytest.mark.thorough
 def test_the_assignment_counts_what_was_deleted(tmp_path):
     given = notebook(tmp_path / "given.ipynb", CHECK, 'check("kv_cache.allocate", allocate)')
     handed_in = notebook(tmp_path / "mine.ipynb", RIGHT, CHECK)

@@ -89,6 +89,7 @@ def weights_of_all_kinds():
         yield q.dequantize(torch.float32), q.cpu_weight()
 
 
+@pytest.mark.thorough
 @needs_compiler
 @pytest.mark.parametrize("name", instruction_sets())
 def test_every_instruction_set_computes_the_same(name, tmp_path, monkeypatch, forgotten):

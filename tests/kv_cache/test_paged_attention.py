@@ -106,6 +106,7 @@ def test_ragged_batches_windows_caps_and_sinks(case):
         assert_close_to_exact(paged_attention(*arguments, backend=backend, **options), arguments, options)
 
 
+@pytest.mark.thorough
 @settings(max_examples=12, deadline=None)
 @given(ragged_problems(), st.sampled_from([1, 2, 4]))
 def test_the_kernel_on_ragged_batches(case, splits):

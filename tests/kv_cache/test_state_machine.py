@@ -273,7 +273,14 @@ class IgnoresTheParentHash(BlockManager):
 
 
 @pytest.mark.parametrize(
-    "broken", [ForgetsToCopy, HitsTheLastToken, KeepsStaleHashes, LeaksOnTruncate, IgnoresTheParentHash]
+    "broken",
+    [
+        ForgetsToCopy,
+        HitsTheLastToken,
+        pytest.param(KeepsStaleHashes, marks=pytest.mark.thorough),
+        LeaksOnTruncate,
+        IgnoresTheParentHash,
+    ],
 )
 def test_the_state_machine_catches_a_broken_manager(broken):
     class Machine(BlockManagerMachine):

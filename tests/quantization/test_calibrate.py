@@ -357,6 +357,7 @@ def peaks_of_walks() -> list[int]:
     return peaks
 
 
+@pytest.mark.thorough
 def test_memory_holds_the_statistics_of_one_layer():
     """Six layers more, of 18 MB of statistics each, must cost a fraction of that."""
     one_layer = 4 * (3 * 256**2 + 2048**2)  # float32 Hessians: the inputs of q/k/v, of o, of gate/up, of down

@@ -34,6 +34,7 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64)).eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("square", [False, True], ids=["as they are", "with codes in the shape of weights"])
 def test_no_scheme_is_taken_for_weights(tmp_path: Path, square: bool) -> None:
     """The second case is the older layout, and shows that the first can fail."""

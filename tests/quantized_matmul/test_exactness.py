@@ -49,6 +49,7 @@ def assert_exact(y, x, w, codebook_dtype):
     assert ((y.double().cpu() - expected).abs() <= bound).all()
 
 
+@pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(FORMATS),

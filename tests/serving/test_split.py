@@ -137,6 +137,7 @@ def test_ring_formula() -> None:
     assert ring_bytes(1000, 1) == 0 and ring_bytes(1000, 2) == 1000 and ring_bytes(1000, 4) == 1500
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tied"), [(9, 3, True), pytest.param(6, 2, False, marks=pytest.mark.slow)]
 )  # fmt: skip

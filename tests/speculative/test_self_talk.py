@@ -18,6 +18,7 @@ def model():
     return load_model(dtype=torch.float32)
 
 
+@pytest.mark.thorough
 def test_questions_take_the_users_turns(model):
     model, tokenizer = model
     asked = ["Why?", "And how does that work?", "Name one."] * 20
@@ -31,6 +32,7 @@ def test_questions_take_the_users_turns(model):
             assert after.startswith(text[turn.end() : turn.end() + len(after)])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("with_questions", [False, True])
 def test_the_marked_tokens_are_the_targets_own_choice(model, with_questions):
     model, tokenizer = model
