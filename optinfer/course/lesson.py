@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import inspect
+import logging
 import platform
 import random
 from dataclasses import dataclass, field
@@ -198,6 +199,8 @@ def setup(name: str, min_memory: float = 0.0, seed: int = 0) -> Lesson:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # bitsandbytes asks for a package that is optional and comes from the hub; it computes without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     plots.style()
     random.seed(seed)
     np.random.seed(seed)

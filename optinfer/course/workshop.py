@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +16,7 @@ from optinfer.quantization.checks import check_choice, check_weight
 from optinfer.quantization.formats.small_floats import E2M1
 from optinfer.quantization.layers import linear_layers
 from optinfer.quantization.number_formats import FP4, NF4
-from optinfer.quantization.quality import Agreement, kl_divergence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from optinfer.quantization.quality import Agreement, Reference
 
 __all__ = ["DESIGNS", "Design"]
 
@@ -84,14 +80,12 @@ class Design:
         """Relative error of a weight: the root of its mean square over the weight's."""
         return float((self.restore(weight).float() - weight.float()).norm() / weight.float().norm())
 
-    def judge(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int = 512
-    ) -> Agreement:
+    def judge(self, reference: Reference) -> Agreement:
         """How far the model's words move when its linear layers hold this format. The model stays as it is."""
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(reference.model)
         for linear in linear_layers(other).values():
             linear.weight.data = self.restore(linear.weight)
-        return kl_divergence(model, other, tokenizer, text, max_tokens=max_tokens)
+        return reference.compare(other)[1]
 
     def instructions(self, arch: int = 80) -> float:
         """Machine instructions per weight in the main loop of the product for one token, on compute capability `arch`.

@@ -18,6 +18,7 @@ import torch
 from optinfer import data, memory
 from optinfer.course.lesson import Lesson
 from optinfer.course.verdicts import every, judge, side
+from optinfer.course.workshop import DESIGNS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = ("fast", "slow", "noise", "reversed")
@@ -68,6 +69,8 @@ def quantization(world):
         "counts": {"NF4, look-up in memory": pick(world, 2.0, 22.0, 10.0, 60.0), "NF4, byte permutes": 3.9},
         "asked": {"rows": Made(sectors=pick(world, 16784, 9000, 8864, 8000), instructions=48_040), "groups": Made(sectors=8864, instructions=48_556)},
         "lanes": 132 * 128 * 1.755e9,
+        "moved": {"NF4": Made(value=0.25, stderr=0.02)}, "DESIGNS": DESIGNS, "mine": DESIGNS["NF4"],
+        "result": Made(value=pick(world, 0.1, 0.7, 0.26, 0.7), stderr=0.02),
         "gigabytes": {"Llama-2-70B": [138, 69.6, 37.4, 39.5, 36.7], "Mistral-7B": [14.48, 7.5, 4.2, 4.45, 4.13]},
     }  # fmt: skip
 
@@ -233,6 +236,9 @@ TRUTHS = [
     ("01_quantization", r"still faster\.", lambda k: k["counts"]["NF4, look-up in memory"] > 12.4),
     ("01_quantization", r"times fewer sectors", lambda k: k["asked"]["rows"].sectors > 1.2 * k["asked"]["groups"].sectors),
     ("01_quantization", r"order of the scales changes little", lambda k: k["asked"]["rows"].sectors <= 1.2 * k["asked"]["groups"].sectors),
+    ("01_quantization", r"times as far as NF4", lambda k: k["result"].value > 0.31),
+    ("01_quantization", r"moves the model less than NF4", lambda k: k["result"].value < 0.19),
+    ("01_quantization", r"this design and NF4 the text cannot decide", lambda k: 0.2 < k["result"].value < 0.3),
     ("02_calibrated_quantization", r"Choosing by activation beats", lambda k: k["paired"]("", "")[0] < 0.9),
     ("02_calibrated_quantization", r"Choosing by activation is worse", lambda k: k["paired"]("", "")[0] > 1.1),
     ("02_calibrated_quantization", r"Too much is worse again", lambda k: k["by_alpha"][-1] > k["rungs"]["scaled"]),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
+from optinfer.course.workshop import DESIGNS, Design
 from optinfer.quantization import (
     SCHEMES,
     OptinferConfig,
@@ -330,3 +331,12 @@ def test_perplexity_and_divergence_against_float64(folder):
         perplexity(model, Letters(), "a")
     with pytest.raises(ValueError, match="window"):
         perplexity(model, Letters(), text, window=1)
+
+
+def test_a_design_of_the_workshop_is_judged_and_the_model_stays_as_it_is(folder):
+    model = load(folder)
+    before = copy.deepcopy(model.state_dict())
+    reference = Reference(model, Letters(), "the quick brown fox jumps over the lazy dog; " * 3, window=32)
+    own_scales = Design("a scale each", (*range(-8, 0), *range(1, 9)), 1, "float32").judge(reference)
+    assert own_scales.value < 1e-6 < DESIGNS["MXFP4"].judge(reference).value
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
