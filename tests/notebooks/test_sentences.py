@@ -108,7 +108,7 @@ def attention(world):
 
 def kv_cache(world):
     def run(batch, wasted):
-        return Made(batch=batch, usage=Made(wasted=wasted))
+        return Made(batch=batch, usage=Made(wasted=wasted, reserved=0.6 * wasted * 16_384, external=0.4 * wasted * 16_384))
 
     peers = {"contiguous": 1.0, "paged: gather, then sdpa": 3.0, "copy": 2.0}
     loops = pick(world, 1.2, None, 2.95, 5.0)
@@ -122,8 +122,11 @@ def kv_cache(world):
         "unchanged": world != "reversed",
         "rows": [Made(peer=p, context=2048, over_contiguous=x) for p, x in peers.items()],
         "config": None, "kv_bytes_per_token": lambda *_: 23_040,
-        "judged": {"4 first and 60 last": Made(kl=0.5), "64 last": Made(kl=pick(world, 4.0, 4.0, 0.6, 0.4))},
-        "found_it": {"everything": world != "reversed", "4 first and 60 last": world == "noise"},
+        "pool": 16_384,
+        "judged": {"4 first and 60 last": Made(kl=0.5), "int4": Made(kl=pick(world, 0.01, 0.01, 0.3, 0.01)), "64 last": Made(kl=pick(world, 4.0, 4.0, 0.6, 0.4))},
+        "found_it": {
+            "everything": world != "reversed", "4 first and 60 last": world == "noise", "int4": world != "slow", "64 last": False,
+        },
         "plain": torch.arange(4), "paged": paged if world != "reversed" else paged + 1,
     }  # fmt: skip
 
@@ -265,8 +268,10 @@ TRUTHS = [
     ("04_kv_cache", r"every token is the same", lambda k: k["unchanged"]),
     ("04_kv_cache", r"No kernel reads pages in place", lambda k: not any("loops" in r.peer for r in k["rows"])),
     ("04_kv_cache", r"even more than copying", lambda k: any("loops" in r.peer and r.over_contiguous > 3.2 for r in k["rows"])),
-    ("04_kv_cache", r"calls them sinks", lambda k: k["judged"]["64 last"].kl > 0.75),
+    ("04_kv_cache", r"calls them attention sinks", lambda k: k["judged"]["64 last"].kl > 0.75),
     ("04_kv_cache", r"has lost the needle", lambda k: k["found_it"]["everything"] and not k["found_it"]["4 first and 60 last"]),
+    ("04_kv_cache", r"and failed by the second: int4", lambda k: k["judged"]["int4"].kl < 0.2 and k["found_it"]["everything"] and not k["found_it"]["int4"]),
+    ("04_kv_cache", r"judge here finds the needle too", lambda k: k["found_it"]["everything"] and (k["judged"]["int4"].kl > 0.2 or k["found_it"]["int4"])),
     ("04_kv_cache", r"judges nothing here", lambda k: not k["found_it"]["everything"]),
     ("05_speculative_decoding", r"more, not 400 %", lambda k: 1.1 <= k["cost_of"][5] < 2),
     ("05_speculative_decoding", r"Step to pass", lambda k: bool(k["partly_right"])),
