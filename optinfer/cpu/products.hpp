@@ -269,16 +269,30 @@ static INLINE Sum multiply_add(Sum acc, V a, V b) {
 // cache; the first has more to do.
 const int AHEAD = 8192;
 
+// The rows of a tile. Beyond the last row of a weight is the last one again: what it gives is not kept, and nothing is read
+// that is not there.
+template <int R>
+struct TileRows {
+    int64 index[R];
+    const uint8_t *from[R], *tails[R];
+
+    TileRows(const Rows& rows, int64 first) {
+        UNROLL for (int r = 0; r < R; ++r) {
+            index[r] = std::min(first + r, rows.count - 1);
+            from[r] = rows.from + index[r] * rows.row_bytes;
+            tails[r] = rows.tails[index[r]];
+        }
+    }
+};
+
 // acc[m * R + r] += W[r] * x[m] over one unit of columns; `done`: bytes of each row before it.
 template <class F, int R, int M, class Sum>
-static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 row_bytes, const typename F::Number* x,
-                                 int64 padded, const uint8_t* values, int64 done) {
+static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* const (&from)[R], int64 done, const typename F::Number* x,
+                                 int64 padded, const uint8_t* values) {
     using V = typename F::Vector;
     V w[R][2];
-    for (int b = 0; b < R * F::BYTES; b += 64) __builtin_prefetch(from + (R - 1) * done + AHEAD + b, 0, 2);
-    UNROLL for (int r = 0; r < R; ++r) {
-        F::unpack(from + r * row_bytes, values, w[r][0], w[r][1]);
-    }
+    for (int b = 0; b < R * F::BYTES; b += 64) __builtin_prefetch(from[0] + R * done + AHEAD + b, 0, 2);
+    UNROLL for (int r = 0; r < R; ++r) F::unpack(from[r] + done, values, w[r][0], w[r][1]);
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
             const V numbers = in_register(load<V>(x + m * padded + half * (F::UNIT / 2)));  // once for all rows
@@ -288,33 +302,30 @@ static INLINE void multiply_unit(Sum (&acc)[M * R], const uint8_t* from, int64 r
 
 // total[m * R + r]: R rows times M tokens, of floats, over the units `first` to `last`.
 template <class F, int R, int M>
-static INLINE void sum_floats(typename F::Registers::Floats (&total)[M * R], const Rows& rows, int64 row, const typename F::Number* x,
-                              int64 padded, int64 first, int64 last) {
-    const uint8_t* from = rows.from + row * rows.row_bytes;
+static INLINE void sum_floats(typename F::Registers::Floats (&total)[M * R], const Rows& rows, const TileRows<R>& tile,
+                              const typename F::Number* x, int64 padded, int64 first, int64 last) {
     const int64 end = std::min(last, rows.whole);
     int64 u = first;
     if constexpr (R * M < 4) {  // too few sums to keep the processor busy: four of each, which do not wait for one another
         typename F::Registers::Floats chains[4][M * R] = {};
         for (; u + 4 <= end; u += 4)
             UNROLL for (int c = 0; c < 4; ++c)
-                multiply_unit<F, R, M>(chains[c], from + (u + c) * F::BYTES, rows.row_bytes, x + (u + c) * F::UNIT, padded, nullptr, (u + c) * F::BYTES);
+                multiply_unit<F, R, M>(chains[c], tile.from, (u + c) * F::BYTES, x + (u + c) * F::UNIT, padded, nullptr);
         UNROLL for (int i = 0; i < M * R; ++i) total[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
     }
-    for (; u < end; ++u)
-        multiply_unit<F, R, M>(total, from + u * F::BYTES, rows.row_bytes, x + u * F::UNIT, padded, nullptr, u * F::BYTES);
-    if (u < last) multiply_unit<F, R, M>(total, rows.tails[row], TAIL, x + u * F::UNIT, padded, nullptr, u * F::BYTES);
+    for (; u < end; ++u) multiply_unit<F, R, M>(total, tile.from, u * F::BYTES, x + u * F::UNIT, padded, nullptr);
+    if (u < last) multiply_unit<F, R, M>(total, tile.tails, 0, x + u * F::UNIT, padded, nullptr);
 }
 
 // The same of integers: summed exactly over a step, scaled by the weight's scale, and by the activations' per stretch.
 // STEP: the units of a step where the compiler may know them, else 0.
 template <class F, int R, int M, int STEP>
-static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], const Rows& rows, int64 row, const Activations& x, int64 token) {
+static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], const Rows& rows, const TileRows<R>& tile,
+                                const Activations& x, int64 token) {
     using Floats = typename F::Registers::Floats;
     const Weight& w = rows.w;
     const int64 step = STEP ? STEP : rows.cut.step, steps = rows.cut.steps, steps_per_stretch = rows.cut.steps_per_stretch;
-    const uint8_t* from = rows.from + row * rows.row_bytes;
     const int16_t* numbers = (const int16_t*)x.numbers + token * x.padded;
-    const float *scales = rows.scales + row * steps, *zeros = rows.zeros + row * steps;
     for (int64 s = 0, stretch = 0; s < steps; ++stretch) {
         Floats part[M * R] = {};
         for (const int64 last = std::min(s + steps_per_stretch, steps); s < last; ++s) {
@@ -323,16 +334,15 @@ static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], c
             const int64 end = std::min(u + step, rows.whole);
             if (STEP && end == u + STEP) {
                 UNROLL for (int i = 0; i < STEP; ++i)
-                    multiply_unit<F, R, M>(acc, from + (u + i) * F::BYTES, rows.row_bytes, numbers + (u + i) * F::UNIT, x.padded,
-                                           w.values, (u + i) * F::BYTES);
+                    multiply_unit<F, R, M>(acc, tile.from, (u + i) * F::BYTES, numbers + (u + i) * F::UNIT, x.padded, w.values);
                 u = end;
             }
             for (; u < end; ++u)
-                multiply_unit<F, R, M>(acc, from + u * F::BYTES, rows.row_bytes, numbers + u * F::UNIT, x.padded, w.values, u * F::BYTES);
+                multiply_unit<F, R, M>(acc, tile.from, u * F::BYTES, numbers + u * F::UNIT, x.padded, w.values);
             if (rows.has_tail && s == steps - 1)
-                multiply_unit<F, R, M>(acc, rows.tails[row], TAIL, numbers + u * F::UNIT, x.padded, w.values, u * F::BYTES);
+                multiply_unit<F, R, M>(acc, tile.tails, 0, numbers + u * F::UNIT, x.padded, w.values);
             UNROLL for (int r = 0; r < R; ++r) {
-                const float scale = scales[r * steps + s];
+                const float scale = rows.scales[tile.index[r] * steps + s];
                 UNROLL for (int m = 0; m < M; ++m)
                     part[m * R + r] += __builtin_convertvector(acc[m * R + r], Floats) * scale;
             }
@@ -345,7 +355,7 @@ static INLINE void sum_integers(typename F::Registers::Floats (&total)[M * R], c
     if (w.shifted())  // (code - zero) * x = code * x - zero * x, and the second needs only the sums of x
         for (int64 s = 0; s < steps; s += F::Registers::LANES)
             UNROLL for (int r = 0; r < R; ++r) {
-                const Floats zero = load<Floats>(zeros + r * steps + s);
+                const Floats zero = load<Floats>(rows.zeros + tile.index[r] * steps + s);
                 UNROLL for (int m = 0; m < M; ++m)
                     total[m * R + r] -= zero * load<Floats>(&x.sums[(token + m) * x.steps_padded + s]);
             }
@@ -365,11 +375,12 @@ template <class F, int R, int M, int STEP = 0>
 static __attribute__((noinline)) void rows_by_tokens(const Rows& rows, const Activations& x, int64 token, float* out, int64 stride, int64 first = 0,
                            int64 last = 0) {
     for (int64 row = 0; row < rows.count; row += R) {
+        const TileRows<R> tile(rows, row);
         typename F::Registers::Floats total[M * R] = {};
         if constexpr (std::is_same_v<typename F::Number, int16_t>)
-            sum_integers<F, R, M, STEP>(total, rows, row, x, token);
+            sum_integers<F, R, M, STEP>(total, rows, tile, x, token);
         else
-            sum_floats<F, R, M>(total, rows, row, (const typename F::Number*)x.numbers + token * x.padded, x.padded, first, last);
+            sum_floats<F, R, M>(total, rows, tile, (const typename F::Number*)x.numbers + token * x.padded, x.padded, first, last);
         finish<R, M>(total, rows.count - row, out + token * stride + row, stride, first > 0);
     }
 }

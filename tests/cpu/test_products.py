@@ -1,5 +1,8 @@
 """Products of the C++ kernels against float64, for every format, odd shapes, few tokens and many."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,3 +178,45 @@ def test_structs_are_those_of_the_library():
     sizes = (ctypes.c_int64 * len(structs.ALL))()
     kernels._sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in structs.ALL]
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch
+from optinfer import cpu
+from optinfer.quantization import SCHEMES, quantize_linear
+
+libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+def guarded(tensor):
+    \"\"\"The same numbers at the very end of a page, before one that may not be read.\"\"\"
+    size = tensor.nbytes
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(begin + pages * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * PAGE - size).view(tensor.shape)
+    return copy.copy_(tensor)
+
+def weight(scheme, rows, columns):
+    w = torch.randn(rows, columns)
+    if scheme in ("float32", "bfloat16", "float16"):
+        return cpu.CpuWeight.plain(guarded(w.to(getattr(torch, scheme))))
+    q = SCHEMES[scheme].quantize(w)
+    q.__dict__.update({name: guarded(t) for name, t in vars(q).items() if isinstance(t, torch.Tensor)})
+    return q.cpu_weight()
+
+for rows in (1, 3, 18, 37):
+    for columns in (64, 192, 131 if "float" in sys.argv[1] else 128):
+        for tokens in (1, 2, 3, 5, 20):
+            for dtype in (torch.float32, torch.bfloat16):
+                out = cpu.linear(torch.randn(tokens, columns).to(dtype), weight(sys.argv[1], rows, columns))
+                assert out.isfinite().all()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected otherwise there")
+@pytest.mark.parametrize("scheme", [*PLAIN, "int8", "int4", "nf4", "q4_1"])
+def test_nothing_beyond_a_weight_is_read(scheme):
+    done = subprocess.run([sys.executable, "-c", GUARDED, scheme], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
