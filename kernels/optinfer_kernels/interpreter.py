@@ -235,7 +235,7 @@ def _scaled(data: np.ndarray, scale: Any, form: str) -> np.ndarray:
     codes = torch.from_numpy(np.ascontiguousarray(data))
     if form == "E2M1":  # two codes in a byte, the first in the low half
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).int()
-        magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[codes & 7]
+        magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")[codes & 7]
         values = torch.where(codes > 7, -magnitude, magnitude)
     else:
         dtypes = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "BF16": torch.bfloat16, "FP16": torch.float16}

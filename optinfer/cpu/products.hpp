@@ -387,15 +387,21 @@ static __attribute__((noinline)) void rows_by_tokens(const Rows& rows, const Act
 
 // ---------------------------------------------------------------------------------------------- products
 
+// Rows of a tile: AVX-512 has 32 registers, room for 16 sums, half of the weights and one vector of activations. Integers
+// need two sums each.
+template <class F>
+constexpr int TILE_ROWS = F::Registers::WIDTH == 64 && !std::is_same_v<typename F::Number, int16_t> ? 4 : 2;
+
 template <class F>
 static void rows_by_all(const Rows& rows, const Activations& x, int64 tokens, float* out, int64 stride, int64 first = 0,
                         int64 last = 0) {
+    constexpr int R = TILE_ROWS<F>;
     int64 token = 0;
-    for (; token + 4 <= tokens; token += 4) rows_by_tokens<F, 2, 4>(rows, x, token, out, stride, first, last);
+    for (; token + 4 <= tokens; token += 4) rows_by_tokens<F, R, 4>(rows, x, token, out, stride, first, last);
     switch (tokens - token) {
-        case 3: return rows_by_tokens<F, 2, 3>(rows, x, token, out, stride, first, last);
-        case 2: return rows_by_tokens<F, 2, 2>(rows, x, token, out, stride, first, last);
-        case 1: return rows_by_tokens<F, 2, 1>(rows, x, token, out, stride, first, last);
+        case 3: return rows_by_tokens<F, R, 3>(rows, x, token, out, stride, first, last);
+        case 2: return rows_by_tokens<F, R, 2>(rows, x, token, out, stride, first, last);
+        case 1: return rows_by_tokens<F, R, 1>(rows, x, token, out, stride, first, last);
     }
 }
 

@@ -24,7 +24,7 @@ def run(name, q, k, v, causal=False, scale=None, tile=SMALL, **options):
 
 
 def inputs(batch, heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.float16, seed=0, spread=1.0):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     shapes = [(batch, heads, q_len, head_dim)] + 2 * [(batch, kv_heads, kv_len, head_dim)]
     return tuple((torch.randn(s, generator=g) * spread).to(dtype).to(DEVICE) for s in shapes)
 

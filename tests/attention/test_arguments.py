@@ -30,7 +30,7 @@ BAD = {
     "k and v must have one shape": lambda q, k, v: ((q, k, v[:, :, :3]), {}),
     "batch sizes differ: q has 1, k has 2": lambda q, k, v: ((q, *torch.zeros(2, 2, 2, 7, 16).half()), {}),
     "one dtype: q is torch.float16, k is torch.bfloat16": lambda q, k, v: ((q, k.bfloat16(), v), {}),
-    "one device: q is on cpu, k on meta": lambda q, k, v: ((q, k.to("meta"), v), {}),
+    r"one device: q is on \S+, k on meta": lambda q, k, v: ((q, k.to("meta"), v), {}),
     "q has dtype torch.int8; supported": lambda q, k, v: ((q.to(torch.int8), k, v), {}),
     r"q must be \[batch, heads, length, head_dim\], got shape \[4, 5, 16\]": lambda q, k, v: ((q[0], k, v), {}),
     "q must be a torch.Tensor, not list": lambda q, k, v: (([1.0], k, v), {}),

@@ -12,14 +12,23 @@ from optinfer.quantization.formats.small_floats import BlockFloats, file_order, 
 from optinfer_kernels.scaled_matmul import scaled_matmul
 
 
+knows_e4m3 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="refused: this GPU knows no E4M3"
+)
+
+
 def made(scheme: str, rows: int, columns: int, block: str | int | None = None) -> BlockFloats:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
+    weight = torch.randn(
+        rows, columns, generator=torch.Generator(torch.get_default_device()).manual_seed(rows + columns)
+    )
     weight *= torch.logspace(-3, 1, rows)[:, None]  # scales far apart
     return quantize_blocks(weight.bfloat16(), scheme, block)
 
 
 def tokens(count: int, columns: int) -> torch.Tensor:
-    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16()
+    return torch.randn(
+        count, columns, generator=torch.Generator(torch.get_default_device()).manual_seed(count)
+    ).bfloat16()
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -31,6 +40,7 @@ def codes(q: BlockFloats) -> torch.Tensor:
     return file_order(q.packed) if q.bits == 4 else q.packed
 
 
+@knows_e4m3
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 8, 32), (3, 70, 160), (65, 66, 288)])
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8", "fp8"])
 def test_16_bit_tokens(scheme: str, count: int, rows: int, columns: int) -> None:
@@ -40,16 +50,22 @@ def test_16_bit_tokens(scheme: str, count: int, rows: int, columns: int) -> None
     assert error(scaled_matmul(x, codes(q), q.scale), wanted) < 2**-8
 
 
+@knows_e4m3
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8", "nvfp4"])
 def test_small_floats_by_small_floats(scheme: str) -> None:
     q, x = made(scheme, 40, 160), quantize_blocks(tokens(5, 160), scheme)
     alpha = None if q.tensor_scale is None else 1 / (q.tensor_scale * x.tensor_scale)
     wanted = x.dequantize(torch.float64) @ q.dequantize(torch.float64).T
+    if scheme == "nvfp4" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (10, 0):
+        with pytest.raises(ValueError, match="multiplied by hardware alone"):
+            scaled_matmul(codes(x), codes(q), q.scale, x.scale, alpha)
+        return
     got = scaled_matmul(codes(x), codes(q), q.scale, x.scale, alpha)
     # The formula rounds NVFP4's two scales to one float32 before it multiplies, the kernel after it.
     assert error(got, wanted) < 2**-8
 
 
+@knows_e4m3
 @pytest.mark.parametrize(
     ("scheme", "block"), [("mxfp8", None), ("fp8", None), ("fp8", "tensor")], ids=["mxfp8", "rows", "tensor"]
 )
@@ -81,8 +97,9 @@ def test_what_it_does_not_read_goes_by_the_formula(
     assert torch.equal(QuantizedLinear.from_quantized(q)(x), wanted)
 
 
-def test_here_it_does_not_pay() -> None:
-    assert not products.scaled_pays(tokens(2, 32))  # no GPU
+def test_it_pays_on_gpus_that_know_e4m3() -> None:
+    knows = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    assert products.scaled_pays(tokens(2, 32).to("cuda" if knows else "cpu")) == knows
 
 
 def test_refusals() -> None:
