@@ -77,7 +77,7 @@ def attend_in_pages(ring_error: int = 0) -> float:
     if ring_error:
         right = manager.num_pages
         manager.num_pages = lambda g, n: min(right(g, n), right(g, 10_000) - ring_error) if g < 2 else right(g, n)
-    pool = KVPool(len(groups[0].layers), 2, 8, 40, 4, dtype=torch.float32)
+    pool = KVPool(len(groups[0].layers), 2, 8, 40, 4, dtype=torch.float32, device=torch.get_default_device())
     history = {s: [[torch.empty(0, 2, 8)] * 2 for _ in cache] for s in "AB"}
     worst = 0.0
     for count in (5, 5, 3, *[1] * 17, 4, 1, 2, 5):

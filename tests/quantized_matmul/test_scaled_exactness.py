@@ -11,7 +11,6 @@ from optinfer.quantization.formats.products import quantized_matmul
 from optinfer.quantization.formats.small_floats import BlockFloats, file_order, quantize_blocks
 from optinfer_kernels.scaled_matmul import scaled_matmul
 
-
 knows_e4m3 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="refused: this GPU knows no E4M3"
 )

@@ -12,11 +12,12 @@ def build(config, seed=0):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    for parameter in model.parameters():  # spread the logits: ties would make "the" greedy text ambiguous
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.25)
-    return model
+    with torch.device("cpu"):  # the same numbers, and so the same text, on every device
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        for parameter in model.parameters():  # spread the logits: ties would make "the" greedy text ambiguous
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.25)
+    return model.to(torch.get_default_device())
 
 
 SHAPE = {

@@ -10,6 +10,9 @@ from optinfer.serving import Engine, SamplingParams
 from optinfer.serving.cuda_graphs import GraphedDecode, batch_sizes
 from optinfer.serving.lean_decoder import LeanDecoder
 from optinfer.serving.paged_batch import Chunk
+from tests.devices import cpu_only
+
+pytestmark = cpu_only  # on a GPU the graphs are real: see the tests marked `gpu`
 
 
 class Replayed:

@@ -17,6 +17,7 @@ from optinfer.serving.compiled_decoder import CompiledDecoder
 from optinfer.serving.lean_decoder import LeanDecoder, Product, is_lean
 from optinfer.serving.model_runner import ModelRunner
 from optinfer.serving.paged_batch import Chunk
+from tests.devices import ON_GPU, cpu_only
 
 SHAPE = {
     "vocab_size": 211, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -39,8 +40,8 @@ ways = pytest.mark.parametrize("way", WAYS)
 @pytest.fixture(autouse=True)
 def needs_kernels(request):
     callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("way") == "compiled" and cpu.kernels() is None:
-        pytest.skip("no C++ compiler here")
+    if callspec and callspec.params.get("way") == "compiled" and (ON_GPU or cpu.kernels() is None):
+        pytest.skip("no C++ compiler here, or a GPU")
 
 
 def small(build_model, family, **changes):
@@ -89,6 +90,7 @@ def test_bf16_is_no_farther_from_fp32_than_the_modules_are(build_model, family, 
     assert 0 < ours < 1.2 * theirs < 0.2
 
 
+@cpu_only
 @pytest.mark.parametrize(
     "scheme, options", [("int8", {}), ("int4", {"symmetric": False}), ("nf4", {"double_quant": True})]
 )

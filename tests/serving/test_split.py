@@ -18,6 +18,9 @@ from optinfer.serving.router import Router
 from optinfer.serving.split import prefill_and_decode, serve_in_parts
 from optinfer.serving.tensor_parallel import all_reduce_bytes, parts, ring_bytes, shard
 from optinfer.serving.watch import without_lookers
+from tests.devices import cpu_only
+
+pytestmark = cpu_only  # models travel to processes that hold them on the CPU
 
 OPTIONS = {"num_blocks": 32, "block_size": 4}
 
