@@ -130,6 +130,9 @@ QUANTIZED = [
         ("int8", 130, 200, 200, 17, FP16, {}),
         ("nf4 nested", 40, 100, 100, 5, FP16, {}),
     ]),
+    *((75, scheme, 300, 192, 64, tokens, FP16, {}) for scheme, tokens in [
+        ("nf4", 1), ("nf4 nested", 4), ("int4", 1), ("int4 affine", 2), ("int8", 1),
+    ]),
     (80, "nf4", 129, 160, 32, 40, FP16, {}),
     (80, "int4", 257, 128, 128, 64, BF16, {}),
 ]  # fmt: skip
