@@ -250,6 +250,22 @@ def test_paged_attention_with_everything(arch):
     assert not gpu.findings, gpu.findings
 
 
+def test_decoding_on_turing_keeps_to_its_budget():
+    """One query of three heads that share keys is no tile of sixteen rows: 341,520 wavefronts and 232,944 instructions before.
+
+    And one token's product keeps its weight in registers: 246,400 wavefronts and 141,424 instructions before.
+    """
+    torch.manual_seed(0)
+    k, v = (torch.randn(40, 16, 3, 64).to(FP16) for _ in range(2))
+    tables = torch.randperm(40).view(2, 20).int()
+    with emulate(75, check=False) as gpu:
+        paged_kernel.paged_attention(torch.randn(2, 9, 64).to(FP16), k, v, tables, torch.tensor([300, 300]).int())
+        fast.quantized_matmul(torch.randn(1, 1024).to(FP16), make_weight("nf4", 256, 1024, 64))
+    attention, _, product, _ = (run.totals() for run in gpu.runs)
+    assert attention.wavefronts <= 110_000 and attention.instructions <= 85_000
+    assert product.wavefronts <= 500 and product.instructions <= 75_000
+
+
 # ---- the tests can fail -----------------------------------------------------------------------------------------
 
 
