@@ -63,7 +63,7 @@ def compile_quantized(
     if readable:
         function, tile = quantized_matmul_kernel, READABLE_TILE
     else:
-        function, tile = quantized_matmul_fast_kernel, tile_for(tokens, bits, group_size)
+        function, tile = quantized_matmul_fast_kernel, tile_for(tokens, bits, group_size, arch)
     constants: dict[str, Any] = {
         "BITS": bits,
         "NESTED": nested,

@@ -17,6 +17,10 @@ busy for 32 cycles, its instructions the schedulers for 375; so layers read them
 (Several scales a load, kept in registers, was tried too: 38 % fewer sectors, and 4 to 6 % more instructions to pick one.)
 
 With more tokens than fit one tile each tile decodes the weight again; its caller knows when to stop.
+
+On Turing (compute capability 7.5) Triton multiplies on ordinary cores, for eight tokens or more, with both operands read from
+shared memory: 246,400 wavefronts for 256 x 1024 NF4 weights and one token, 5.8 times the least, and 141,424 warp instructions.
+There `row_sums` takes the place of the tensor cores for few tokens: 480 wavefronts, the least, and 71,552 instructions.
 """
 
 from dataclasses import dataclass
@@ -65,6 +69,14 @@ def decode_bytes(octets, x_ptr, DECODING: tl.constexpr):
 
 
 @triton.jit
+def row_sums(high, even, low, odd):
+    """The product for one token, [BLOCK_N, 1], without tensor cores: a weight is multiplied in the register it was decoded in."""
+    products = high.to(tl.float32) * even.to(tl.float32)
+    products += low.to(tl.float32) * odd.to(tl.float32)
+    return tl.sum(products, 1)[:, None]
+
+
+@triton.jit
 def quantized_matmul_fast_kernel(
     x_ptr, codes_ptr, codebook_ptr, scale_ptr, nested_ptr, table_ptr, offset_ptr, zero_ptr, out_ptr,
     M, N, K, row_bytes, scale_row, scale_group, zero_row, zero_pair, splits,
@@ -98,8 +110,13 @@ def quantized_matmul_fast_kernel(
         if BITS == 4:
             high, low = decode_nibbles(codes, codebook_ptr, DECODING)
             even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_K // 2, 2]))
-            sums = tl.dot(high, tl.trans(even))
-            sums = tl.dot(low, tl.trans(odd), sums)
+            if BLOCK_M == 1:
+                sums = row_sums(high, even, low, odd)
+            else:
+                sums = tl.dot(high, tl.trans(even))
+                sums = tl.dot(low, tl.trans(odd), sums)
+        elif BLOCK_M == 1:
+            sums = tl.sum(decode_bytes(codes, x_ptr, DECODING).to(tl.float32) * x.to(tl.float32), 1)[:, None]
         else:
             sums = tl.dot(decode_bytes(codes, x_ptr, DECODING), tl.trans(x))
         if ZEROS:  # sum of x * (code - zero) = sum of x * code - zero * sum of x
@@ -135,11 +152,18 @@ class Tile:
     num_stages: int
 
 
+FEW_TOKENS = 4  # without tensor cores: more of them are multiplied together
 MAX_TOKENS = 64  # more tokens take several tiles, and the weight is decoded for each
 
 
-def tile_for(tokens: int, bits: int, group_size: int) -> Tile:
-    """Wide in the weight, so that one load of x serves many rows; 64 columns at a time, or the group's power of two."""
+def tile_for(tokens: int, bits: int, group_size: int, arch: int) -> Tile:
+    """Wide in the weight, so that one load of x serves many rows; 64 columns at a time, or the group's power of two.
+
+    On compute capability 7.5 Triton's `tl.dot` uses no tensor cores and takes its operands through shared memory, for eight
+    tokens at least. For few tokens each has programs of its own there, which keep the weight in registers.
+    """
+    if arch < 80 and tokens <= FEW_TOKENS:
+        return Tile(1, 128, min(64, largest_power_of_2(group_size)), 4, 2)
     block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     block_k = min(64, largest_power_of_2(group_size))
     block_n = 256 if block_m == 8 and bits == 4 else 128
@@ -182,8 +206,9 @@ def quantized_matmul(
     x = x.contiguous()
     tokens, out_features = len(x), weight.out_features
     group = weight.group_size if weight.groups > 1 else 1 << 30
-    tile = tile or tile_for(tokens, weight.bits, group)
-    splits = splits or choose_splits(weight, tile, tokens, device_shape(x.device)[1])
+    arch, processors = device_shape(x.device)
+    tile = tile or tile_for(tokens, weight.bits, group, arch)
+    splits = splits or choose_splits(weight, tile, tokens, processors)
     out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     part = torch.empty(splits, tokens, out_features, device=x.device) if splits > 1 else out
     launch(

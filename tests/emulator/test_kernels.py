@@ -130,6 +130,9 @@ QUANTIZED = [
         ("int8", 130, 200, 200, 17, FP16, {}),
         ("nf4 nested", 40, 100, 100, 5, FP16, {}),
     ]),
+    *((75, scheme, 300, 192, 64, tokens, FP16, {}) for scheme, tokens in [
+        ("nf4", 1), ("nf4 nested", 4), ("int4", 1), ("int4 affine", 2), ("int8", 1),
+    ]),
     (80, "nf4", 129, 160, 32, 40, FP16, {}),
     (80, "int4", 257, 128, 128, 64, BF16, {}),
 ]  # fmt: skip
@@ -245,6 +248,22 @@ def test_paged_attention_with_everything(arch):
         out = paged_kernel.paged_attention(*arguments, **options)
     paged.assert_close_to_exact(out, arguments, options)
     assert not gpu.findings, gpu.findings
+
+
+def test_decoding_on_turing_keeps_to_its_budget():
+    """One query of three heads that share keys is no tile of sixteen rows: 341,520 wavefronts and 232,944 instructions before.
+
+    And one token's product keeps its weight in registers: 246,400 wavefronts and 141,424 instructions before.
+    """
+    torch.manual_seed(0)
+    k, v = (torch.randn(40, 16, 3, 64).to(FP16) for _ in range(2))
+    tables = torch.randperm(40).view(2, 20).int()
+    with emulate(75, check=False) as gpu:
+        paged_kernel.paged_attention(torch.randn(2, 9, 64).to(FP16), k, v, tables, torch.tensor([300, 300]).int())
+        fast.quantized_matmul(torch.randn(1, 1024).to(FP16), make_weight("nf4", 256, 1024, 64))
+    attention, _, product, _ = (run.totals() for run in gpu.runs)
+    assert attention.wavefronts <= 110_000 and attention.instructions <= 85_000
+    assert product.wavefronts <= 500 and product.instructions <= 75_000
 
 
 # ---- the tests can fail -----------------------------------------------------------------------------------------

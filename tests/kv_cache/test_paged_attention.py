@@ -225,6 +225,8 @@ def test_bad_arguments_are_refused():
         (lambda: paged_attention(q, k, v, tables * 0 - 1, lens), ValueError, "outside 0 to"),
         (lambda: paged_attention(q, k, v, tables, lens, scale=0), ValueError, "scale must be"),
     ]:
+        if ON_GPU and message in ("context_lens must be 1", "outside 0 to"):
+            continue  # to look at their numbers would make the host wait for the GPU
         with pytest.raises(error, match=message):
             call()
 
@@ -234,16 +236,19 @@ def test_bad_arguments_are_refused():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("kind", ["decode", "decode int8", "chunk", "decode with all", "chunk with all", "decode tree"])
+@pytest.mark.parametrize(
+    "kind", ["decode", "decode of 8", "decode int8", "chunk", "decode with all", "chunk with all", "decode tree"]
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_kernels_compile_without_a_spill(arch, kind, head_dim):
-    """ "all": window, soft cap and sinks; "tree": a mask among the newest tokens."""
+    """ "all": window, soft cap and sinks; "tree": a mask among the newest tokens; "of 8": heads that share a KV head, else 4."""
     from optinfer_kernels.compile import SHARED_MEMORY, compile_for
     from optinfer_kernels.paged_attention import add_splits_kernel, paged_attention_kernel, tile_for
 
     int8, decode, everything = "int8" in kind, "decode" in kind, "with" in kind
-    tile = tile_for(arch, torch.float16, head_dim, 4 if decode else 512)
-    constants = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE": 16, "BLOCK_M": tile.block_m}
+    group = 8 if "of 8" in kind else 4
+    tile = tile_for(arch, torch.float16, head_dim, group if decode else 512)
+    constants = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE": 16, "BLOCK_M": tile.block_m}
     constants |= {"BLOCK_N": tile.block_n, "INT8": int8, "SPLIT": decode, "PRECISION": "tf32"}
     constants |= dict.fromkeys(["WINDOW", "SOFTCAP", "SINKS"], everything) | {"TREE": "tree" in kind}
     types = {"q_ptr": "*fp16", "out_ptr": "*fp16", "scale": "fp32", "cap_scale": "fp32"}
@@ -259,6 +264,6 @@ def test_kernels_compile_without_a_spill(arch, kind, head_dim):
     if arch >= 80:
         assert any(compiled.count(i) for i in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
     if decode:
-        constants = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 16}
+        constants = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 16}
         signature = {n: types.get(n, "i32") for n in add_splits_kernel.arg_names if n not in constants}
         assert compile_for(arch, add_splits_kernel, signature, constants).spill_bytes == 0

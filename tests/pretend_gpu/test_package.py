@@ -5,7 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optinfer.quantization.checkpoints.words import pack_int32, unpack_int32
+from optinfer.quantization.formats import products
 from optinfer.quantization.formats.codebook import nest
+from optinfer.quantization.linear import QuantizedLinear
+from optinfer.quantization.schemes import SCHEMES
 from optinfer.serving import Engine, SamplingParams
 from optinfer.speculative.rejection import rejection_sample
 from optinfer.speculative.training.distillation import frequent_tokens
@@ -30,6 +33,20 @@ def test_double_quantization_restores_without_a_wait(log):
         restored = nested.restore()
     assert not log.waits
     assert torch.equal(restored.cpu(), nest(absmax).restore())
+
+
+@pytest.mark.parametrize(
+    "tokens, dtype", [(1, torch.float16), (4, torch.float16), (5, torch.float16), (1, torch.bfloat16)]
+)
+def test_a_few_tokens_go_to_the_fused_kernel(tokens, dtype, monkeypatch):
+    """Where Triton finds no tensor cores (Turing): up to four, in fp16."""
+    layer = QuantizedLinear.from_quantized(SCHEMES["nf4"].quantize(torch.randn(64, 128).to("cuda", dtype)))
+    x, calls, kernel = torch.randn(tokens, 128).to("cuda", dtype), [], products.kernel_matmul
+    monkeypatch.setattr(products, "kernel_matmul", lambda *a: calls.append(a) or kernel(*a))
+    y = layer(x)
+    wanted = x.double().cpu() @ layer.quantized.dequantize(torch.float64).cpu().T
+    assert ((y.double().cpu() - wanted).norm() / wanted.norm()) < 1e-2
+    assert bool(calls) == (torch.cuda.get_device_capability() >= (8, 0) or (tokens <= 4 and dtype == torch.float16))
 
 
 def test_packing_stays_on_the_gpu():

@@ -36,6 +36,20 @@ def name(case) -> str:
     return "-".join(str(part) for part in case[:6])
 
 
+TURING = Builds(
+    compile_quantized, (case(scheme, 75, dtype="fp16") for scheme in ("codebook", "int4", "int4 affine", "int8"))
+)
+
+
+@pytest.mark.parametrize("case", TURING.cases, ids=name)
+def test_one_token_without_tensor_cores(case):
+    """A T4 starts 14 instructions of a thread in the time in which a weight of 4.5 bits arrives (its data sheet: 320 GB/s)."""
+    build = TURING[case]
+    assert build.kernel.spill_bytes == 0 and build.mix["HMMA"] == 0
+    assert build.mix["LDS"] <= build.weights_per_thread / 10  # sums of rows go through shared memory, no weight does
+    assert build.instructions_per_weight <= 7
+
+
 @pytest.mark.parametrize("case", BUILDS.cases, ids=name)
 def test_fits_without_spilling(case):
     build = BUILDS[case]

@@ -85,10 +85,10 @@ def test_splits_add_up(name, splits):
 
 def test_wide_layers_split_by_themselves():
     w = make_weight("nf4", 64, 4096, 64)
-    assert fast.choose_splits(w, fast.tile_for(1, 4, 64), 1, processors=132) == 16
-    assert fast.choose_splits(w, fast.tile_for(1, 4, 64), 1, processors=8) == 16
+    assert fast.choose_splits(w, fast.tile_for(1, 4, 64, 90), 1, processors=132) == 16
+    assert fast.choose_splits(w, fast.tile_for(1, 4, 64, 90), 1, processors=8) == 16
     tall = QuantizedWeight(torch.zeros(256 * 600, 64, dtype=torch.uint8), torch.ones(256 * 600, 2), 64, INT4)
-    assert fast.choose_splits(tall, fast.tile_for(1, 4, 64), 1, processors=132) == 1
+    assert fast.choose_splits(tall, fast.tile_for(1, 4, 64, 90), 1, processors=132) == 1
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4 affine", "int8"])

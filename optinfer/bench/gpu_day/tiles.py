@@ -48,6 +48,7 @@ def quantized(tiny: bool, seconds_of: Seconds) -> Iterator[TileRow]:
     from optinfer.quantization.formats.gpu import as_kernel_weight
     from optinfer.quantization.schemes import resolve_scheme
     from optinfer_kernels import quantized_matmul_fast as fast
+    from optinfer_kernels.interpreter import device_shape
 
     device = hardware.default_device()
     dtype = hardware.default_dtype(device)
@@ -58,7 +59,7 @@ def quantized(tiny: bool, seconds_of: Seconds) -> Iterator[TileRow]:
     for tokens in (1,) if tiny else (1, 16, 64):
         x = torch.randn(tokens, columns, device=device).to(dtype)
         expected = x @ packed.dequantize(dtype).T
-        current = fast.tile_for(tokens, 4, packed.group_size)
+        current = fast.tile_for(tokens, 4, packed.group_size, device_shape(device)[0])
         block_ns, warps, stages = ((128,), (4,), (2,)) if tiny else ((64, 128, 256), (4, 8), (2, 4, 6))
         found = [fast.Tile(current.block_m, n, current.block_k, w, s) for n in block_ns for w in warps for s in stages]
         for tile in dict.fromkeys((current, *found)):

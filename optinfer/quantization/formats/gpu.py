@@ -15,6 +15,7 @@ from optinfer_kernels.quantized_arguments import QuantizedWeight
 __all__ = ["as_kernel_weight", "has_kernels", "kernel_matmul", "kernel_pays", "scaled_matmul", "scaled_pays"]
 
 MAX_TOKENS = 64  # with more, restoring the weight once and a product of cuBLAS should win
+TURING, AMPERE = (7, 5), (8, 0)  # compute capabilities
 
 
 def kernel_matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -42,22 +43,33 @@ def scaled_pays(x: Tensor) -> bool:
 
 
 def kernel_pays(x: Tensor) -> bool:
-    """Whether the fused kernel is for this input: a few tokens in 16 bits on a GPU with tensor cores for them."""
+    """Whether the fused kernel is for this input: a few tokens in 16 bits on a GPU, fewer where it finds no tensor cores."""
     if x.dtype not in (torch.float16, torch.bfloat16) or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and has_kernels(x.device)
+    return 0 < x.numel() <= _most_tokens(x.device, x.dtype) * x.shape[-1]
 
 
 @functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether Triton is here and `device` is a GPU whose tensor cores it can use (compute capability 8.0 and up)."""
+def _most_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    if has_kernels(device):
+        return MAX_TOKENS
+    if dtype == torch.float16 and has_kernels(device, TURING):
+        from optinfer_kernels.quantized_matmul_fast import FEW_TOKENS
+
+        return FEW_TOKENS
+    return 0
+
+
+@functools.cache
+def has_kernels(device: torch.device, since: tuple[int, int] = AMPERE) -> bool:
+    """Whether Triton is here and `device` a GPU of this compute capability or later; from Ampere on it uses tensor cores."""
     if device.type != "cuda":
         return False
     try:
         import optinfer_kernels.quantized_matmul_fast  # noqa: F401
     except TritonMissing:
         return False
-    return (hardware.capability(device) or (0, 0)) >= (8, 0)
+    return (hardware.capability(device) or (0, 0)) >= since
 
 
 def as_kernel_weight(q: QuantizedTensor) -> QuantizedWeight | None:
