@@ -149,7 +149,8 @@ def tile_for(arch: int, dtype: torch.dtype, head_dim: int, rows: int) -> Tile:
     block_m = 16 if rows <= 16 or arch < 80 else 32 if wide else 64
     if arch < 80:  # no asynchronous copies, and products on ordinary cores: no more rows than there are
         narrow = 2 if block_d(head_dim) >= 128 else 1
-        return Tile(16, 32 // narrow, 4, 1) if rows > 8 else Tile(triton.next_power_of_2(rows), 64 // narrow, 2, 1)
+        rows = min(16, triton.next_power_of_2(rows))
+        return Tile(rows, (64 if rows <= 4 else 32) // narrow, 4 if rows == 16 else 2, 1)
     stages = 2 if wide else 3
     return Tile(
         block_m, 32 if wide else 64, 4 if block_m == 16 else 8, stages_for(arch, stages) if block_m == 64 else stages
