@@ -20,6 +20,7 @@ from optinfer import data
 from optinfer.speculative import ChainDraft, Draft, ModelDraft, PromptLookupDraft, Proposal, QuantizedDraft, SelfDraft
 from optinfer.speculative.draft_head import DraftHead, HeadDraft
 from optinfer.speculative.draft_length import AdaptiveLength
+from tests.devices import cpu_only
 
 
 def llama(seed, vocab=40, layers=3, **changes):
@@ -312,7 +313,7 @@ def test_streamer_and_own_stopping_criterion(target):
 
     class AfterSeven(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            return torch.tensor([input_ids.shape[1] >= PROMPT.shape[1] + 7])
+            return torch.tensor([input_ids.shape[1] >= PROMPT.shape[1] + 7], device=input_ids.device)
 
     streamer = Streamer()
     plain = target.generate(PROMPT, do_sample=False, **LENGTH)[:, : PROMPT.shape[1] + 7]
@@ -548,6 +549,7 @@ def test_adaptive_length_leaves_a_draft_alone_that_is_too_slow_to_ever_pay():
     assert length.choose("slow") == 4
 
 
+@cpu_only
 def test_a_head_by_cpu_kernels_says_the_same():
     """As near to what fp32 says as torch's own products in bf16 are."""
     target, _ = optinfer.load_model(dtype=torch.bfloat16, device="cpu")
