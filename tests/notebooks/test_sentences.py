@@ -187,6 +187,9 @@ def together(world):
         "recorded": Made(where=lambda **_: [{"requests": 16, "peer": p, "tokens_per_second": t} for p, t in (("optinfer", 200 * speed), ("optinfer, prompt lookup", 900), ("vLLM 0.32.0, CPU", pick(world, 150, 300, 200, 200)))]),
         "fixed": pick(world, 0.01, 0.001, 0.02, -0.01), "per_token": pick(world, 0.0005, 0.01, 0.001, 0.001),
         "bandwidth": 3e10, "weights": 2.7e8, "lean": pick(world, 0.02, 0.3, 0.07, 0.001),
+        "promises": ("above", "tight"), "doubt": dict.fromkeys([(n, b) for n in ("above", "tight") for b in (1.0, 0.2)], 3.0),
+        "kept": {("above", 1.0): 98, ("above", 0.2): pick(world, 98, 85, 97, 99), ("tight", 1.0): 95, ("tight", 0.2): pick(world, 85, 60, 94, 100)},
+        "tail": {True: Made(ttft={99: 0.2}, tpot={99: 0.027}), False: Made(ttft={99: pick(world, 0.4, 0.5, 0.2, 0.1)}, tpot={99: pick(world, 0.019, 0.02, 0.027, 0.05)})},
     }  # fmt: skip
 
 
@@ -304,6 +307,11 @@ TRUTHS = [
     ("06_putting_it_together", r"larger cache made it slower", lambda k: k["speeds"][2048] < 0.9 * k["speeds"][256]),
     ("06_putting_it_together", r"because eight requests share", lambda k: 8 / k["lean"] > 1.06 * 111 and 8 / k["lean"] < 8 * 111),
     ("06_putting_it_together", r"vLLM's CPU build was \S+ times as fast", lambda k: k["speed"][16, "vLLM"] > 1.06 * k["speed"][16, "optinfer"]),
+    ("06_putting_it_together", r"promise above is broken", lambda k: k["kept"]["above", 0.2] < 93),
+    ("06_putting_it_together", r"promise above does not feel the bursts", lambda k: 94 < k["kept"]["above", 0.2] < 102),
+    ("06_putting_it_together", r"promise tight is kept \S+ times more", lambda k: k["kept"]["tight", 0.2] > 99.5),
+    ("06_putting_it_together", r"Cutting brings the slowest first token", lambda k: k["tail"][False].ttft[99] > 0.22),
+    ("06_putting_it_together", r"The others pay for it", lambda k: k["tail"][False].tpot[99] < 0.024),
     ("06_putting_it_together", r"found no fixed cost", lambda k: k["fixed"] <= 0),
 ]  # fmt: skip
 
